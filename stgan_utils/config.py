@@ -1,0 +1,292 @@
+"""Settings of every step, and the four profiles that fill them in.
+
+A notebook's parameters cell lists the fields of its settings class, each `None`: "what the profile says". `resolve` puts
+the profile and the parameters together and checks every value, so that a wrong one is refused before any work starts.
+"""
+
+from dataclasses import dataclass, fields
+
+SIZES = (64, 128, 256, 512)
+PERCEPTUAL = ("vgg", "squeeze", "mobilenet", "l1")
+
+
+class UserError(Exception):
+    """Something the user can mend: the message is one sentence that says what is wrong and what to do.
+
+    The command line prints it and exits with status 2; everything else is a bug and keeps its traceback.
+    """
+
+
+def _require(ok, message):
+    if not ok:
+        raise UserError(message)
+
+
+@dataclass(frozen=True)
+class DataSettings:
+    """Step 00: where the images come from and how they are split."""
+
+    seed: int = 0
+    # The embedded dataset only: how many images are drawn, and their side in pixels.
+    phantom_images: int = 1400
+    phantom_size: int = 128
+    # "error" stops at bad images or labels, "skip" leaves them out and lists them in a CSV.
+    on_bad: str = "error"
+
+    def __post_init__(self):
+        _require(self.phantom_images >= 140, f"phantom_images is {self.phantom_images}, it must be at least 140.")
+        _require(self.on_bad in ("error", "skip"), f"on_bad is {self.on_bad!r}, it must be 'error' or 'skip'.")
+
+
+@dataclass(frozen=True)
+class Stage1Settings:
+    """Step 02: the global FastGAN. Defaults are FastGAN's own (B. Liu et al., ICLR 2021)."""
+
+    seed: int = 0
+    size: int = 64
+    ngf: int = 32  # width of the generator; 64 in the paper
+    nz: int = 256
+    iterations: int = 1000
+    batch_size: int = 8
+    learning_rate: float = 2e-4
+    ema_decay: float = 0.999
+    perceptual: str = "l1"
+    augment: str = "color,translation"
+    checkpoint_every: int = 250
+    sample_every: int = 250
+    evaluate_every: int = 500
+    quality_images: int = 500  # images generated for each evaluation
+    # Stop in time (checkpoint written) when a session ends; not part of what makes two runs equal.
+    max_minutes: float | None = None
+
+    def __post_init__(self):
+        _require(self.size in SIZES, f"size is {self.size}, it must be one of {SIZES}.")
+        _require(self.perceptual in PERCEPTUAL, f"perceptual is {self.perceptual!r}, it must be one of {PERCEPTUAL}.")
+        _require(self.ngf % 8 == 0 and self.ngf > 0, f"ngf is {self.ngf}, it must be a multiple of 8.")
+        _require(self.batch_size >= 2, f"batch_size is {self.batch_size}, it must be at least 2.")
+        _require(0 <= self.ema_decay < 1, f"ema_decay is {self.ema_decay}, it must be in [0, 1).")
+        for name in ("iterations", "checkpoint_every", "sample_every", "evaluate_every", "quality_images", "nz"):
+            _require(getattr(self, name) > 0, f"{name} is {getattr(self, name)}, it must be above 0.")
+
+
+@dataclass(frozen=True)
+class Stage2Settings(Stage1Settings):
+    """Step 03: one class's GAN, started from Stage 1. Size, width and nz are those of the Stage-1 checkpoint."""
+
+    lesion: str = ""
+    # A checkpoint (ours or FastGAN's) to start from instead of this run's own Stage 1.
+    start_from: str = ""
+    freeze_blocks: int = 2  # discriminator blocks frozen, counted from the image (Freeze-D)
+    bt_weight: float = 0.1  # Barlow Twins, after the ramp; 0 switches it off
+    bt_ramp: int = 200  # iterations over which the weight rises from 0
+    noise_sigma: float = 0.1  # instance noise on the discriminator's input, in units of [-1, 1]
+    noise_decay: int = 500  # iterations over which it falls to 0
+    # Images to generate; 0: as many as bring the class's train split to the largest class's.
+    generate: int = 0
+
+    def __post_init__(self):
+        super().__post_init__()
+        _require(self.freeze_blocks >= 0, f"freeze_blocks is {self.freeze_blocks}, it must not be negative.")
+        _require(self.noise_sigma >= 0, f"noise_sigma is {self.noise_sigma}, it must not be negative.")
+        _require(self.bt_weight >= 0, f"bt_weight is {self.bt_weight}, it must not be negative.")
+
+
+@dataclass(frozen=True)
+class DedupSettings:
+    """Step 04: Hamming distances (of 64 bits) below which an image counts as a copy of one kept before it."""
+
+    phash_threshold: int = 10
+    whash_threshold: int = 10
+
+    def __post_init__(self):
+        for name in ("phash_threshold", "whash_threshold"):
+            _require(0 <= getattr(self, name) <= 64, f"{name} is {getattr(self, name)}, it must be in 0 … 64.")
+
+
+@dataclass(frozen=True)
+class ClassifierSettings:
+    """Steps 01 and 05: MobileNetV2. Step 01 trains on real images alone, step 05 adds the kept synthetic ones."""
+
+    seed: int = 0
+    size: int = 128
+    epochs: int = 10
+    batch_size: int = 32
+    learning_rate: float = 1e-3
+    weight_decay: float = 1e-4
+    label_smoothing: float = 0.0
+    # Strength of logit adjustment (A. K. Menon et al., ICLR 2021); 0 is plain cross-entropy.
+    logit_adjustment: float = 1.0
+    # "auto": the best backbone that can be had, "none": random weights.
+    pretrained: str = "auto"
+    bootstrap: int = 1000  # resamples behind every interval
+
+    def __post_init__(self):
+        _require(self.size >= 32, f"size is {self.size}, it must be at least 32.")
+        for name in ("epochs", "batch_size", "bootstrap"):
+            _require(getattr(self, name) > 0, f"{name} is {getattr(self, name)}, it must be above 0.")
+        _require(self.pretrained in ("auto", "none"), f"pretrained is {self.pretrained!r}: use 'auto' or 'none'.")
+
+
+@dataclass(frozen=True)
+class Stage5Settings(ClassifierSettings):
+    """Step 05: the classifier settings, and which synthetic images join the real ones."""
+
+    # "kept": left by step 04's thresholds, "auto": by the thresholds that spare real lesions, "raw": all of them.
+    synthetic: str = "kept"
+
+    def __post_init__(self):
+        super().__post_init__()
+        _require(
+            self.synthetic in ("kept", "auto", "raw"),
+            f"synthetic is {self.synthetic!r}: use 'kept', 'auto' or 'raw'.",
+        )
+
+
+@dataclass(frozen=True)
+class ReportSettings:
+    """Step 07: nothing to set; the report is made from the other steps' results."""
+
+
+SETTINGS = {
+    "data": DataSettings,
+    "baseline": ClassifierSettings,
+    "stage1": Stage1Settings,
+    "stage2": Stage2Settings,
+    "dedup": DedupSettings,
+    "classifier": Stage5Settings,
+    "report": ReportSettings,
+}
+
+# Only what differs from the defaults above. A value in `None` ("every step") applies to each step that knows it.
+PROFILES = {
+    # CI: the whole sequence in about two minutes on two cores; nothing is learnt.
+    "smoke": {
+        "data": {"phantom_images": 280, "phantom_size": 64},
+        "baseline": {"size": 64, "epochs": 1, "bootstrap": 100},
+        "classifier": {"size": 64, "epochs": 1, "bootstrap": 100},
+        "stage1": {
+            "ngf": 8,
+            "iterations": 8,
+            "checkpoint_every": 4,
+            "sample_every": 4,
+            "evaluate_every": 8,
+            "quality_images": 32,
+        },
+        "stage2": {
+            "ngf": 8,
+            "iterations": 4,
+            "checkpoint_every": 4,
+            "sample_every": 4,
+            "evaluate_every": 4,
+            "quality_images": 32,
+            "generate": 24,
+        },
+    },
+    # `make run`: at most ten minutes on two cores, pictures worth looking at.
+    "demo": {
+        "data": {"phantom_images": 1000, "phantom_size": 64},
+        "baseline": {"size": 64, "epochs": 6},
+        "classifier": {"size": 64, "epochs": 6},
+        "stage1": {
+            "ngf": 16,
+            "iterations": 600,
+            "checkpoint_every": 100,
+            "sample_every": 100,
+            "evaluate_every": 200,
+            "quality_images": 300,
+        },
+        "stage2": {
+            "ngf": 16,
+            "iterations": 90,
+            "checkpoint_every": 30,
+            "sample_every": 30,
+            "evaluate_every": 30,
+            "quality_images": 200,
+            "generate": 200,
+        },
+    },
+    # Real images on a laptop, an evening.
+    "real-cpu": {
+        "baseline": {"size": 128, "epochs": 10},
+        "classifier": {"size": 128, "epochs": 10},
+        "stage1": {
+            "iterations": 4000,
+            "checkpoint_every": 250,
+            "sample_every": 500,
+            "evaluate_every": 1000,
+            "perceptual": "mobilenet",
+        },
+        "stage2": {
+            "iterations": 400,
+            "learning_rate": 1e-4,
+            "checkpoint_every": 100,
+            "sample_every": 100,
+            "evaluate_every": 100,
+            "perceptual": "mobilenet",
+        },
+    },
+    # The prior system's settings (PRIOR figures in docs), sized for Kaggle's T4 × 2 or L4.
+    "kaggle": {
+        "baseline": {"size": 224, "epochs": 30},
+        "classifier": {"size": 224, "epochs": 30},
+        "stage1": {
+            "size": 256,
+            "ngf": 64,
+            "batch_size": 16,
+            "iterations": 70_000,
+            "perceptual": "vgg",
+            "checkpoint_every": 1000,
+            "sample_every": 1000,
+            "evaluate_every": 10_000,
+            "quality_images": 2000,
+        },
+        "stage2": {
+            "size": 256,
+            "ngf": 64,
+            "iterations": 1000,
+            "learning_rate": 1e-4,
+            "perceptual": "vgg",
+            "checkpoint_every": 200,
+            "sample_every": 200,
+            "evaluate_every": 200,
+            "quality_images": 1000,
+        },
+    },
+}
+
+
+def resolve(step, profile, given=()):
+    """Settings of one step: the defaults, then what the profile says, then every value in `given` that is not None.
+
+    Args:
+        step: one of `SETTINGS` ("data", "baseline", "stage1", "stage2", "dedup", "classifier", "report").
+        profile: one of `PROFILES`.
+        given: a mapping; names that are no setting of this step are passed over, so that a notebook can hand in its
+            `globals()` after the parameters cell.
+
+    Returns:
+        A frozen instance of the step's settings class.
+
+    Raises:
+        UserError: an unknown profile, or a value of the wrong kind or out of range; the message names it.
+    """
+    _require(profile in PROFILES, f"No profile {profile!r}; there are {', '.join(PROFILES)}.")
+    kind = SETTINGS[step]
+    known = {field.name: field for field in fields(kind)}
+    values = dict(PROFILES[profile].get(step, {}))
+    values |= {name: value for name, value in dict(given).items() if name in known and value is not None}
+    return kind(**{name: _cast(name, value, known[name]) for name, value in values.items()})
+
+
+def _cast(name, value, field):
+    """`value` as the field's kind: papermill and the command line hand numbers over as text or as the other kind."""
+    if value is None or field.default is None and value == "":
+        return None
+    kind = float if field.default is None else type(field.default)
+    try:
+        cast = kind(value)
+        if kind is int and float(value) != cast:
+            raise ValueError
+    except (TypeError, ValueError):
+        raise UserError(f"{name} is {value!r}, it must be {'a whole number' if kind is int else 'a number'}.") from None
+    return cast

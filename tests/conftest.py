@@ -1,0 +1,38 @@
+"""Where tests find real images, a backbone and a small phantom dataset."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(scope="session")
+def ham10000():
+    """Folder of real HAM10000 images (`HAM10000_DIR`)."""
+    folder = Path(os.environ.get("HAM10000_DIR", ROOT.parent / "shared" / "ham10000"))
+    if not (folder / "HAM10000_metadata.csv").exists():
+        pytest.skip(f"no real images at {folder}: set HAM10000_DIR")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def backbone():
+    """File of pretrained MobileNetV2 weights (`MOBILENET_V2_WEIGHTS`)."""
+    file = Path(
+        os.environ.get("MOBILENET_V2_WEIGHTS", ROOT.parent / "shared" / "weights" / "mobilenet_v2_features.pth")
+    )
+    if not file.exists():
+        pytest.skip(f"no backbone at {file}: set MOBILENET_V2_WEIGHTS")
+    return file
+
+
+@pytest.fixture(scope="session")
+def phantom_dir(tmp_path_factory):
+    """A small phantom dataset laid out as HAM10000 on Kaggle: 210 images of 64 px."""
+    from stgan_utils import phantom
+
+    folder = tmp_path_factory.mktemp("phantom")
+    phantom.write_dataset(folder, count=210, size=64, seed=0)
+    return folder
