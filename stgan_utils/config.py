@@ -1,7 +1,7 @@
 """Settings of every step, and the four profiles that fill them in.
 
-A notebook's parameters cell lists the fields of its settings class, each `None`: "what the profile says". `resolve` puts
-the profile and the parameters together and checks every value, so that a wrong one is refused before any work starts.
+A notebook's parameters cell lists the fields of its settings class, each `None`: "what the profile says". `resolve`
+puts the profile and the parameters together and checks every value, so that a wrong one is refused before any work.
 """
 
 from dataclasses import dataclass, fields
@@ -95,6 +95,8 @@ class Stage2Settings(Stage1Settings):
 class DedupSettings:
     """Step 04: Hamming distances (of 64 bits) below which an image counts as a copy of one kept before it."""
 
+    # Any folder of images in place of what Stage 2 made; the step then needs no other.
+    images: str = ""
     phash_threshold: int = 10
     whash_threshold: int = 10
 
@@ -161,7 +163,7 @@ SETTINGS = {
 PROFILES = {
     # CI: the whole sequence in about two minutes on two cores; nothing is learnt.
     "smoke": {
-        "data": {"phantom_images": 280, "phantom_size": 64},
+        "data": {"phantom_images": 420, "phantom_size": 64},
         "baseline": {"size": 64, "epochs": 1, "bootstrap": 100},
         "classifier": {"size": 64, "epochs": 1, "bootstrap": 100},
         "stage1": {
@@ -174,6 +176,7 @@ PROFILES = {
         },
         "stage2": {
             "ngf": 8,
+            "batch_size": 4,
             "iterations": 4,
             "checkpoint_every": 4,
             "sample_every": 4,
@@ -207,22 +210,25 @@ PROFILES = {
     },
     # Real images on a laptop, an evening.
     "real-cpu": {
-        "baseline": {"size": 128, "epochs": 10},
-        "classifier": {"size": 128, "epochs": 10},
+        "baseline": {"size": 96, "epochs": 8},
+        "classifier": {"size": 96, "epochs": 8},
         "stage1": {
-            "iterations": 4000,
-            "checkpoint_every": 250,
-            "sample_every": 500,
-            "evaluate_every": 1000,
+            "ngf": 16,
+            "iterations": 3000,
             "perceptual": "mobilenet",
+            "checkpoint_every": 250,
+            "sample_every": 250,
+            "evaluate_every": 500,
         },
         "stage2": {
-            "iterations": 400,
+            "ngf": 16,
+            "iterations": 300,
             "learning_rate": 1e-4,
-            "checkpoint_every": 100,
-            "sample_every": 100,
-            "evaluate_every": 100,
             "perceptual": "mobilenet",
+            "checkpoint_every": 50,
+            "sample_every": 50,
+            "evaluate_every": 50,
+            "generate": 400,
         },
     },
     # The prior system's settings (PRIOR figures in docs), sized for Kaggle's T4 × 2 or L4.
@@ -236,7 +242,7 @@ PROFILES = {
             "iterations": 70_000,
             "perceptual": "vgg",
             "checkpoint_every": 1000,
-            "sample_every": 1000,
+            "sample_every": 5000,
             "evaluate_every": 10_000,
             "quality_images": 2000,
         },
@@ -280,7 +286,7 @@ def resolve(step, profile, given=()):
 
 def _cast(name, value, field):
     """`value` as the field's kind: papermill and the command line hand numbers over as text or as the other kind."""
-    if value is None or field.default is None and value == "":
+    if value is None or (field.default is None and value == ""):
         return None
     kind = float if field.default is None else type(field.default)
     try:

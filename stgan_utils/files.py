@@ -1,5 +1,6 @@
 """Files that appear whole or not at all."""
 
+import errno
 import hashlib
 import json
 import os
@@ -26,8 +27,9 @@ def atomic_path(path):
         with open(temporary, "rb") as file:
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except OSError as error:
-        if error.errno == 28:  # ENOSPC
+    except Exception as error:
+        # safetensors hands the system's error on as the text of an exception of its own.
+        if getattr(error, "errno", None) == errno.ENOSPC or os.strerror(errno.ENOSPC) in str(error):
             raise UserError(f"The disk is full: {path} was not written; free some space and run again.") from error
         raise
     finally:

@@ -27,10 +27,10 @@ LESIONS = {
             "akiec",
             "actinic keratosis / Bowen's disease",
             "#0072B2",
-            "Early, non-invasive forms of squamous cell carcinoma on sun-damaged skin. They can turn invasive, so missing "
-            "them matters.",
-            "a pink to red rough surface, white-yellow scale, dotted or glomerular vessels, a 'strawberry' pattern on the "
-            "face; usually no pigment network",
+            "Early, non-invasive forms of squamous cell carcinoma on sun-damaged skin. They can turn invasive, so "
+            "missing them matters.",
+            "a pink to red rough surface, white-yellow scale, dotted or glomerular vessels, a 'strawberry' pattern on "
+            "the face; usually no pigment network",
         ),
         Lesion(
             "BCC",
@@ -38,8 +38,8 @@ LESIONS = {
             "basal cell carcinoma",
             "#E69F00",
             "The most common skin cancer. It grows slowly and rarely spreads, but destroys the tissue around it.",
-            "sharp branching (arborising) vessels, blue-grey ovoid nests, leaf-like areas at the edge, small ulcers, shiny "
-            "white lines; no pigment network",
+            "sharp branching (arborising) vessels, blue-grey ovoid nests, leaf-like areas at the edge, small ulcers, "
+            "shiny white lines; no pigment network",
         ),
         Lesion(
             "BKL",
@@ -47,8 +47,8 @@ LESIONS = {
             "benign keratosis (seborrhoeic, solar lentigo, lichen planus-like)",
             "#009E73",
             "Harmless growths of the upper skin. They matter because some look like melanoma.",
-            "a sharp, 'moth-eaten' border, milia-like white cysts, comedo-like openings, ridges as on a brain, fine grey "
-            "dots in the lichen planus-like form",
+            "a sharp, 'moth-eaten' border, milia-like white cysts, comedo-like openings, ridges as on a brain, fine "
+            "grey dots in the lichen planus-like form",
         ),
         Lesion(
             "DF",
@@ -56,8 +56,8 @@ LESIONS = {
             "dermatofibroma",
             "#CC79A7",
             "A harmless, firm nodule of fibrous tissue, often on the legs and after a small injury.",
-            "a white scar-like patch in the middle with a delicate, light-brown network around it; symmetric, without a "
-            "sharp edge",
+            "a white scar-like patch in the middle with a delicate, light-brown network around it; symmetric, without "
+            "a sharp edge",
         ),
         Lesion(
             "MEL",
@@ -65,8 +65,8 @@ LESIONS = {
             "melanoma",
             "#D55E00",
             "The dangerous one: it spreads early, and it is curable when it is cut out early.",
-            "asymmetry in colour and structure, an atypical network, irregular streaks, dots and globules, a blue-white "
-            "veil, several colours, a ragged border",
+            "asymmetry in colour and structure, an atypical network, irregular streaks, dots and globules, a "
+            "blue-white veil, several colours, a ragged border",
         ),
         Lesion(
             "NV",

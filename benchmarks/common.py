@@ -1,0 +1,43 @@
+"""What the benchmarks share: their page of results."""
+
+import os
+import platform
+import re
+import shlex
+import sys
+from datetime import date
+from importlib.metadata import version
+from pathlib import Path
+
+RESULTS = Path(__file__).with_name("RESULTS.md")
+
+
+def write_section(title, body, packages):
+    """Put a section into RESULTS.md, in place of the one of that title, or at the end; the others stay as they are.
+
+    Args:
+        title: heading of the section.
+        body: Markdown below it; the machine, the versions and the command are added here.
+        packages: names of the installed packages whose versions the figures depend on.
+    """
+    versions = ", ".join(f"{name} {version(name)}" for name in packages)
+    section = (
+        f"## {title}\n\n{body.strip()}\n\n"
+        f"{processor()}, {os.cpu_count()} cores; Python {platform.python_version()}, {versions}; {date.today()}.\n"
+        f"Command: `{shlex.join(['python', *sys.argv])}`\n"
+    )
+    page = RESULTS.read_text() if RESULTS.exists() else "# Results\n\nWritten by `make bench`.\n"
+    head, *others = re.split(r"^(?=## )", page, flags=re.MULTILINE)
+    titles = [other.splitlines()[0] for other in others]
+    if f"## {title}" in titles:
+        others[titles.index(f"## {title}")] = section
+    else:
+        others.append(section)
+    RESULTS.write_text("\n".join(part.strip() + "\n" for part in (head, *others)))
+
+
+def processor():
+    """The processor's name, such as "AMD EPYC"."""
+    info = Path("/proc/cpuinfo")
+    names = re.findall(r"model name\s*: (.*)", info.read_text()) if info.exists() else []
+    return names[0] if names else platform.processor() or platform.machine()

@@ -1,0 +1,126 @@
+"""Pretrained MobileNetV2 (M. Sandler et al., CVPR 2018): where its weights are, and the scaling that belongs to them.
+
+Files of weights differ in how they want their input scaled. Which one a file is, its SHA-256 decides, never its name or
+place: the prior system trained on [-1, 1] and scored on [0, 1], and nothing complained.
+"""
+
+import functools
+import os
+import socket
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import nn
+from torchvision.models import MobileNet_V2_Weights, mobilenet_v2
+
+from stgan_utils.config import UserError
+from stgan_utils.files import sha256
+
+VARIABLE = "MOBILENET_V2_WEIGHTS"
+SHARED_FILE = Path(__file__).resolve().parents[2] / "shared" / "weights" / "mobilenet_v2_features.pth"
+CHANNELS = 1280
+IMAGENET_SCALING = {"mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225]}  # torchvision's
+KERAS_SCALING = {"mean": [0.5, 0.5, 0.5], "std": [0.5, 0.5, 0.5]}  # x / 127.5 − 1
+
+# Start of the file's SHA-256 → name and scaling. torchvision writes the same digits into its files' names.
+_KNOWN = {
+    "b0353104": ("MobileNetV2 (ImageNet)", IMAGENET_SCALING),
+    "7ebf99e0": ("MobileNetV2 (ImageNet, V2)", IMAGENET_SCALING),
+    "9ecccdf5": ("MobileNetV2 (ImageNet, then dog breeds)", KERAS_SCALING),
+}
+_URL = MobileNet_V2_Weights.IMAGENET1K_V1.url
+
+
+class Source(NamedTuple):
+    """A file of weights on this machine; `preprocessing` is {"mean": [3], "std": [3]} for images in [0, 1]."""
+
+    path: Path
+    name: str
+    preprocessing: dict
+    sha256: str
+
+
+class Backbone(NamedTuple):
+    """`features` maps scaled images (N, 3, S, S) to (N, 1280, S/32, S/32)."""
+
+    features: nn.Sequential
+    preprocessing: dict
+    name: str
+    sha256: str | None
+
+
+def pretrained_source():
+    """The `Source` that `load_backbone` would read, or None where none can be had.
+
+    Looked for in this order: the file that the variable MOBILENET_V2_WEIGHTS names; `shared/weights/` beside the
+    repository; torchvision's own file, in torch's cache or downloaded into it.
+
+    Raises:
+        UserError: the variable names no file, or a file is not one of the known ones.
+    """
+    named = os.environ.get(VARIABLE)
+    if named and not Path(named).is_file():
+        raise UserError(f"{VARIABLE} names {named}, which is no file; correct or unset the variable.")
+    path = Path(named) if named else SHARED_FILE if SHARED_FILE.is_file() else _torchvision_file()
+    if path is None:
+        return None
+    digest = sha256(path)
+    if digest[:8] not in _KNOWN:
+        raise UserError(
+            f"{path} (SHA-256 {digest[:8]}…) is damaged or not a known MobileNetV2, so its input scaling is unknown; "
+            f"let {VARIABLE} name torchvision's {Path(_URL).name} or the project's {SHARED_FILE.name}."
+        )
+    name, preprocessing = _KNOWN[digest[:8]]
+    return Source(path, name, preprocessing, digest)
+
+
+def load_backbone(pretrained="auto", required=False):
+    """MobileNetV2's feature layers (width 1.0), with their input scaling.
+
+    Args:
+        pretrained: "auto", the weights that `pretrained_source` finds, else random ones; "none", random ones. Random
+            weights come from torch's global generator: seed it.
+        required: do not fall back to random weights.
+
+    Returns:
+        `Backbone`; its name says what was loaded, "MobileNetV2 (random weights)" if nothing was.
+
+    Raises:
+        UserError: `required` and nothing found, or a file that is not a known MobileNetV2.
+    """
+    source = pretrained_source() if pretrained == "auto" else None
+    if source is None:
+        if required:
+            raise UserError(
+                f"No pretrained MobileNetV2 on this machine and no network: download {_URL}, and let the variable "
+                f"{VARIABLE} name that file."
+            )
+        name = "MobileNetV2 (random weights)"
+        print(f"Backbone: {name}")
+        return Backbone(mobilenet_v2(weights=None).features, IMAGENET_SCALING, name, None)
+
+    print(f"Backbone: {source.name}, {source.path}")
+    model = mobilenet_v2(weights=None)
+    weights = torch.load(source.path, map_location="cpu", weights_only=True)
+    result = model.load_state_dict(weights, strict=False)
+    assert not result.unexpected_keys, result.unexpected_keys
+    assert all(key.startswith("classifier.") for key in result.missing_keys), result.missing_keys
+    return Backbone(model.features, source.preprocessing, source.name, source.sha256)
+
+
+@functools.cache  # a machine without network is asked once, not at every call
+def _torchvision_file():
+    path = Path(torch.hub.get_dir()) / "checkpoints" / Path(_URL).name
+    if path.is_file():
+        return path
+    before = socket.getdefaulttimeout()
+    socket.setdefaulttimeout(5)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        torch.hub.download_url_to_file(_URL, str(path), hash_prefix="b0353104", progress=False)
+    except (OSError, RuntimeError):  # no network, no room; a download with another hash
+        return None
+    finally:
+        socket.setdefaulttimeout(before)
+    return path

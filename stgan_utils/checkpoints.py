@@ -1,0 +1,197 @@
+"""Reading and writing models: safetensors with a JSON header, and FastGAN's own `.pth` files.
+
+A checkpoint says what it is: architecture, class order, settings, iteration, commit. Nothing is ever loaded with keys
+missing or left over, and a pickle is never executed.
+"""
+
+import json
+import pickle
+import subprocess
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from stgan_utils.config import UserError
+from stgan_utils.fastgan import Discriminator, Generator
+from stgan_utils.files import atomic_path
+from stgan_utils.lesions import CLASSES
+
+FORMAT = "stgan-1"
+
+
+def git_commit():
+    """The commit of the checkout that this package runs from, or None."""
+    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def save(path, tensors, header):
+    """Write tensors and a JSON header as one safetensors file, whole or not at all."""
+    header = {"format": FORMAT, "class_order": list(CLASSES), "git_commit": git_commit(), **header}
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    with atomic_path(path) as temporary:
+        save_file(tensors, temporary, metadata={"header": json.dumps(header)})
+
+
+def read_header(path):
+    """The JSON header of one of our files.
+
+    Raises:
+        UserError: no such file, or it is damaged or not ours.
+    """
+    return _open(path)[1]
+
+
+def load(path):
+    """(tensors by name, header) of one of our files; raises as `read_header`."""
+    file, header = _open(path)
+    with file:
+        return {name: file.get_tensor(name) for name in file.keys()}, header  # noqa: SIM118 - not a mapping
+
+
+def _open(path):
+    if not Path(path).is_file():
+        raise UserError(f"There is no file {path}.")
+    try:
+        file = safe_open(path, framework="pt")
+        header = json.loads((file.metadata() or {})["header"])
+    except (SafetensorError, KeyError, ValueError, OSError) as error:
+        raise UserError(f"{path} is damaged or no checkpoint of this package ({error}).") from None
+    return file, header
+
+
+def prefixed(prefix, tensors):
+    return {f"{prefix}.{name}": tensor for name, tensor in tensors.items()}
+
+
+def without_prefix(prefix, tensors):
+    start = f"{prefix}."
+    return {name.removeprefix(start): tensor for name, tensor in tensors.items() if name.startswith(start)}
+
+
+def generator_architecture(generator):
+    return {"kind": "fastgan", "size": generator.size, "ngf": generator.ngf, "nz": generator.nz}
+
+
+def save_generator(path, generator, header):
+    """Write a generator alone, with its architecture in the header."""
+    header = {"architecture": generator_architecture(generator), **header}
+    save(path, prefixed("generator", generator.state_dict()), header)
+
+
+def load_generator(path, ema=True):
+    """A generator in eval mode, from one of our files or one of FastGAN's (`N.pth`, `all_N.pth`).
+
+    Args:
+        path: `.safetensors` of ours (a generator, or a training checkpoint), else FastGAN's own format.
+        ema: take the averaged weights where the file holds both.
+
+    Returns:
+        A `Generator`; called with z (B, nz) it gives (B, 3, S, S), about [-1, 1].
+
+    Raises:
+        UserError: no such file, damaged, an unsafe pickle, or keys missing or left over.
+    """
+    if str(path).endswith(".safetensors"):
+        tensors, header = load(path)
+        state = without_prefix("ema" if ema else "generator", tensors) or without_prefix("generator", tensors)
+        if header.get("architecture", {}).get("kind") != "fastgan" or not state:
+            raise UserError(f"{path} holds no FastGAN generator.")
+        architecture = header["architecture"]
+    else:
+        contents = _load_pickle(path)
+        state = _clean(contents.get("g"), path)
+        architecture = _shape_of_generator(state, path)
+    generator = Generator(**{name: architecture[name] for name in ("size", "ngf", "nz")})
+    _load_exactly(generator, state, path)
+    if not str(path).endswith(".safetensors") and ema and "g_ema" in contents:
+        _take_ema_list(generator, contents["g_ema"], path)
+    return generator.eval()
+
+
+def load_discriminator(path):
+    """A discriminator in eval mode, from a training checkpoint of ours or one of FastGAN's; see `load_generator`."""
+    if str(path).endswith(".safetensors"):
+        state = without_prefix("discriminator", load(path)[0])
+    else:
+        state = _clean(_load_pickle(path).get("d"), path)
+    if not state:
+        raise UserError(f"{path} holds no discriminator: Stage 2 starts from a training checkpoint.")
+    discriminator = Discriminator(**_shape_of_discriminator(state, path))
+    _load_exactly(discriminator, state, path)
+    return discriminator.eval()
+
+
+def _load_pickle(path):
+    if not Path(path).is_file():
+        raise UserError(f"There is no file {path}.")
+    try:
+        contents = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError:
+        raise UserError(f"{path} holds more than tensors, or is damaged; it was not opened.") from None
+    except Exception as error:  # what the unpickler raises on arbitrary bytes has no common class
+        raise UserError(f"{path} is damaged or no PyTorch file ({type(error).__name__}).") from None
+    if not isinstance(contents, dict):
+        raise UserError(f"{path} is no FastGAN checkpoint: it has no 'g' and 'd'.")
+    return contents
+
+
+def _clean(state, path):
+    """FastGAN's state dict without DataParallel's prefix."""
+    if not isinstance(state, dict) or not state:
+        raise UserError(f"{path} is no FastGAN checkpoint: it has no 'g' and 'd'.")
+    return {name.removeprefix("module."): tensor for name, tensor in state.items()}
+
+
+def _shape_of_generator(state, path):
+    try:
+        nz, twice = state["init.init.0.weight_orig"].shape[:2]
+    except KeyError:
+        raise UserError(f"{path} is no FastGAN generator: 'init.init.0.weight_orig' is missing.") from None
+    sides = [int(name.split(".")[0].removeprefix("feat_")) for name in state if name.startswith("feat_")]
+    return {"size": max(sides), "ngf": twice // 32, "nz": nz}
+
+
+def _shape_of_discriminator(state, path):
+    try:
+        stem = state["down_from_big.0.weight_orig"]
+        ndf = state["rf_big.3.weight_orig"].shape[1] // 16
+        decoder_width = state["decoder_big.main.1.1.weight_orig"].shape[0] // 8
+    except KeyError as error:
+        raise UserError(f"{path} is no FastGAN discriminator: {error} is missing.") from None
+    downs = sum(f"down_{k}.main.0.weight_orig" in state for k in (4, 8, 16, 32, 64))
+    size = 512 if stem.shape[-1] == 4 else 2 ** (3 + downs)
+    return {"size": size, "ndf": ndf, "decoder_width": decoder_width}
+
+
+def _load_exactly(module, state, path):
+    """Load every key; BatchNorm's counters, which old files lack, are all that may be absent."""
+    counters = {name for name in module.state_dict() if name.endswith("num_batches_tracked")}
+    try:
+        missing, unexpected = module.load_state_dict(state, strict=False)
+    except RuntimeError as error:
+        raise UserError(f"{path} does not fit: {str(error).splitlines()[1].strip()}") from None
+    missing = sorted(set(missing) - counters)
+    if missing or unexpected:
+        raise UserError(
+            f"{path} does not fit: {len(missing)} keys missing {missing[:3]}, {len(unexpected)} left over "
+            f"{sorted(unexpected)[:3]}."
+        )
+
+
+def _take_ema_list(generator, averaged, path):
+    """FastGAN keeps its averaged weights as a bare list, in the order of the generator's parameters."""
+    parameters = list(generator.parameters())
+    fits = len(averaged) == len(parameters) and all(
+        a.shape == p.shape for a, p in zip(averaged, parameters, strict=True)
+    )
+    if not fits:
+        raise UserError(f"{path}: its 'g_ema' list does not match the generator's {len(parameters)} parameters.")
+    with torch.no_grad():
+        for parameter, average in zip(parameters, averaged, strict=True):
+            parameter.copy_(average)

@@ -1,0 +1,52 @@
+"""Which processor computes, and with what precision."""
+
+from contextlib import nullcontext
+from functools import lru_cache
+
+import torch
+
+
+def _supported(major, minor):
+    """Whether this torch has kernels for a GPU of that compute capability.
+
+    `torch.cuda.is_available()` does not tell: Kaggle's P100 (sm_60) is available and dies at the first operation,
+    because its torch was built without sm_60. Kernels run on their own major version from their minor version on.
+    """
+    built = [arch.removeprefix("sm_") for arch in torch.cuda.get_arch_list() if arch.startswith("sm_")]
+    return any(int(arch[:-1]) == major and int(arch[-1]) <= minor for arch in built if arch.isdigit())
+
+
+@lru_cache
+def pick():
+    """The GPU if this torch can use it, else the CPU; a GPU that it has no kernels for is named and passed over."""
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    capability = torch.cuda.get_device_capability()
+    if _supported(*capability):
+        return torch.device("cuda")
+    print(
+        f"{torch.cuda.get_device_name()} is not supported by this torch {torch.__version__} "
+        f"(compute capability {capability[0]}.{capability[1]}): the CPU is used. On Kaggle choose GPU T4 × 2 or L4."
+    )
+    return torch.device("cpu")
+
+
+def precision(device):
+    """bf16 from compute capability 8.0, fp16 (with loss scaling) from 7.0, else float32."""
+    if device.type != "cuda":
+        return torch.float32
+    major = torch.cuda.get_device_capability(device)[0]
+    return torch.bfloat16 if major >= 8 else torch.float16 if major >= 7 else torch.float32
+
+
+def autocast(device):
+    """Context in which operations take the device's precision; does nothing in float32."""
+    dtype = precision(device)
+    return nullcontext() if dtype is torch.float32 else torch.autocast(device.type, dtype=dtype)
+
+
+def describe():
+    """One line for logs and `result.json`, such as "cuda (NVIDIA L4), bfloat16" or "cpu (2 threads), float32"."""
+    device = pick()
+    name = torch.cuda.get_device_name() if device.type == "cuda" else f"{torch.get_num_threads()} threads"
+    return f"{device.type} ({name}), {str(precision(device)).removeprefix('torch.')}"

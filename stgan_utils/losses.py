@@ -1,0 +1,136 @@
+"""The losses: hinge with soft margin, perceptual distance, Barlow Twins. Each is a pure function of tensors."""
+
+from urllib.error import URLError
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from stgan_utils.backbone import load_backbone
+from stgan_utils.config import UserError
+
+
+def hinge_d_loss(real_logits, fake_logits):
+    """What the discriminator minimises on real and on generated images: two scalars.
+
+    max(0, m ∓ D) with the margin m drawn from [0.8, 1) a logit: FastGAN's softened hinge. High logits mean real.
+    """
+
+    def margin(logits):
+        return 0.8 + 0.2 * torch.rand_like(logits)
+
+    real = F.relu(margin(real_logits) - real_logits).mean()
+    fake = F.relu(margin(fake_logits) + fake_logits).mean()
+    return real, fake
+
+
+def hinge_g_loss(fake_logits):
+    """What the generator minimises: -mean D(G(z))."""
+    return -fake_logits.mean()
+
+
+class Projector(nn.Sequential):
+    """Pooled discriminator features (B, inputs) → embeddings (B, outputs) that Barlow Twins compares."""
+
+    def __init__(self, inputs, outputs=128):
+        super().__init__(
+            nn.Linear(inputs, outputs, bias=False), nn.BatchNorm1d(outputs), nn.ReLU(), nn.Linear(outputs, outputs)
+        )
+
+
+def barlow_twins(z_a, z_b):
+    """Redundancy reduction between two views (J. Zbontar et al., ICML 2021, arXiv:2103.03230, eq. 1).
+
+    The paper sums over the cross-correlation matrix C; here each part is a mean over its own entries, so that neither
+    depends on the dimension: both are 0 at best and about 1 for unrelated views (on) or collapsed dimensions (off).
+    With a batch of B images the off-diagonal part of perfectly decorrelated dimensions is still about 1 / (B - 1).
+
+    Args:
+        z_a, z_b: (B, D) embeddings of two augmentations of the same images, B ≥ 2.
+
+    Returns:
+        (on_diag, off_diag): mean (1 - C_ii)², mean C_ij² over i ≠ j.
+    """
+    batch, dimensions = z_a.shape
+
+    def standardise(z):
+        z = z.float()  # correlations in half precision lose what they measure
+        return (z - z.mean(0)) / (z.std(0, unbiased=False) + 1e-5)
+
+    c = standardise(z_a).T @ standardise(z_b) / batch
+    diagonal = c.diagonal()
+    on_diag = (1 - diagonal).square().mean()
+    off_diag = (c.square().sum() - diagonal.square().sum()) / (dimensions * (dimensions - 1))
+    return on_diag, off_diag
+
+
+class MobileNetDistance(nn.Module):
+    """Distance in MobileNetV2's features at four depths: unit length a pixel, mean squared difference.
+
+    The form of LPIPS (R. Zhang et al., CVPR 2018, arXiv:1801.03924) without its learnt weights, on a network that
+    costs about a fiftieth of VGG-16.
+    """
+
+    LAYERS = (1, 3, 6, 13)
+
+    def __init__(self):
+        super().__init__()
+        backbone = load_backbone(required=True)
+        self.features = backbone.features[: self.LAYERS[-1] + 1].eval().requires_grad_(False)
+        for name in ("mean", "std"):
+            self.register_buffer(name, torch.tensor(backbone.preprocessing[name])[:, None, None])
+
+    def forward(self, images, targets):
+        with torch.no_grad():
+            wanted = self._features(targets)
+        pairs = zip(self._features(images), wanted, strict=True)
+        return sum((got - want).square().sum(1).mean() for got, want in pairs) / len(self.LAYERS)
+
+    def _features(self, images):
+        x = ((images + 1) / 2 - self.mean) / self.std
+        found = []
+        for index, layer in enumerate(self.features):
+            x = layer(x)
+            if index in self.LAYERS:
+                found.append(F.normalize(x, dim=1))
+        return found
+
+
+class Lpips(nn.Module):
+    """LPIPS (R. Zhang et al., CVPR 2018) through the `lpips` package, averaged over the batch."""
+
+    def __init__(self, net):
+        super().__init__()
+        import lpips
+
+        try:
+            self.distance = lpips.LPIPS(net=net, verbose=False)
+        except (URLError, OSError) as error:
+            file = {"vgg": "vgg16-397923af.pth", "squeeze": "squeezenet1_1-b8a52dc0.pth"}[net]
+            raise UserError(
+                f"The perceptual distance '{net}' needs torchvision's {file}, which could not be downloaded: put it "
+                f"into {torch.hub.get_dir()}/checkpoints/, or set perceptual to 'l1', which needs no file."
+            ) from error
+        self.requires_grad_(False)
+
+    def forward(self, images, targets):
+        return self.distance(images, targets.detach()).mean()
+
+
+class L1(nn.Module):
+    """Mean absolute difference of the pixels."""
+
+    def forward(self, images, targets):
+        return F.l1_loss(images, targets.detach())
+
+
+def perceptual_distance(name):
+    """A module (images, targets) → scalar; both (B, 3, S, S) in [-1, 1]. Targets carry no gradient.
+
+    Args:
+        name: "vgg" or "squeeze" (LPIPS), "mobilenet", or "l1", which alone needs no weights.
+
+    Raises:
+        UserError: the weights cannot be had; it says which file to put where, and what needs none.
+    """
+    return {"l1": L1, "mobilenet": MobileNetDistance}.get(name, lambda: Lpips(name))()

@@ -1,0 +1,263 @@
+"""The order of the notebooks, and running them.
+
+A step is one call: a notebook and its parameters in, `RUN_DIR/<step>/result.json` out (`run_step`). Everything else
+here decides which steps are left to do and which may run side by side. Nothing heavy is imported: a run that finds
+everything done ends at once.
+"""
+
+import os
+import shutil
+import threading
+import time
+from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
+from dataclasses import dataclass, fields
+from multiprocessing import active_children, connection, get_context, parent_process
+from pathlib import Path
+
+from stgan_utils import files, runs
+from stgan_utils.config import SETTINGS, UserError, resolve
+from stgan_utils.lesions import MINORITY
+
+ROOT = Path(__file__).resolve().parents[1]
+NOTEBOOKS = ROOT / "notebooks"
+
+
+class StepFailed(Exception):
+    """A notebook failed and it is not the user's doing; the message names the notebook and the cell."""
+
+
+@dataclass(frozen=True)
+class Step:
+    """One notebook of the sequence; `kind` is its key in `config.SETTINGS`."""
+
+    name: str
+    kind: str
+    needs: tuple = ()
+    lesion: str | None = None
+    folder: Path = NOTEBOOKS
+
+    @property
+    def notebook(self):
+        return self.folder / f"{self.name}.ipynb"
+
+    def settings(self, profile, given):
+        """The step's settings under a profile and the values given; see `config.resolve`."""
+        return resolve(self.kind, profile, {**given, **({"lesion": self.lesion} if self.lesion else {})})
+
+
+def _steps():
+    start, baseline, stage1 = runs.START, "01_baseline", "02_stage1_global_gan"
+    stage2 = tuple(f"03_stage2_{code}" for code in MINORITY)
+    before_report = (
+        Step(start, "data"),
+        Step(baseline, "baseline", (start,)),
+        Step(stage1, "stage1", (start, baseline)),  # distances may be measured in the baseline's features
+        *(Step(name, "stage2", (start, baseline, stage1), code) for name, code in zip(stage2, MINORITY, strict=True)),
+        Step("04_deduplicate", "dedup", (start, *stage2)),
+        Step("05_classifier", "classifier", (start, baseline, "04_deduplicate")),
+    )
+    return (*before_report, Step("07_report", "report", tuple(step.name for step in before_report)))
+
+
+STEPS = _steps()
+
+
+def run(data, profile, out, only=None, start=None, jobs=1, force=False, params=None):
+    """Runs what is left to do of the sequence and prints a line for each step.
+
+    Args:
+        data: "phantom", or a dataset's folder or file.
+        profile: one of `config.PROFILES`.
+        out: the run folder.
+        only: run the steps whose name begins with this, and no others.
+        start: begin at the first step whose name begins with this.
+        jobs: how many notebooks may run side by side; each gets its share of the cores.
+        force: delete what the chosen steps left there before, and run them again.
+        params: {setting: value} for every step that knows the setting; "stage1.iterations" means one kind of step.
+
+    Raises:
+        UserError: anything asked for is wrong; known before any work starts.
+        StepFailed, runs.Unfinished: a notebook failed, or ran out of time. Steps then running are finished, no other is
+            started, and the same call goes on from there.
+    """
+    data, out = runs.identify(data), Path(out).expanduser().resolve()
+    given = _given_per_kind(params or {})
+    settings = {step.name: step.settings(profile, given[step.kind]) for step in STEPS}
+    chosen = _choose(only, start)
+    for step in chosen:
+        if not step.notebook.exists():
+            raise UserError(f"There is no notebook {step.notebook}: run from a clone of the repository.")
+        if not force:
+            runs.check_folder(out, step.name, settings[step.name], data)
+    if jobs < 1:
+        raise UserError(f"jobs is {jobs}, it must be at least 1.")
+    if force:
+        for step in chosen:
+            shutil.rmtree(out / step.name, ignore_errors=True)
+
+    def parameters(step):
+        overrides = {name: getattr(settings[step.name], name) for name in given[step.kind]}
+        return {"data": data, "run_dir": str(out), "profile": profile, **overrides}
+
+    def done(step):
+        # The page tells of the other steps: it is made anew whenever one of them has run since.
+        stale = step.kind == "report" and _written(out, step.name) < max(_written(out, name) for name in step.needs)
+        return not stale and runs.is_done(out, step.name, settings[step.name], data)
+
+    _run_all(chosen, parameters, done, jobs)
+    if (out / "report.html").exists():
+        print(f"report: {out / 'report.html'}", flush=True)
+
+
+def run_step(step, parameters):
+    """Runs one notebook with papermill; afterwards `result.json` stands in the step's folder.
+
+    The executed notebook lies in `RUN_DIR/notebooks/`, after a failure too.
+
+    Args:
+        step: a Step.
+        parameters: `data`, `run_dir`, `profile` and settings of the step that differ from the profile's.
+
+    Returns:
+        Seconds it took.
+
+    Raises:
+        UserError, runs.Unfinished: as the notebook raised it.
+        StepFailed: any other error in a cell, a kernel that died, a notebook that wrote no result.
+    """
+    import papermill
+    from nbclient.exceptions import DeadKernelError
+
+    began, failure = time.monotonic(), None
+    executed = Path(parameters["run_dir"]) / "notebooks" / step.notebook.name
+    with files.atomic_path(executed) as temporary:
+        try:
+            papermill.execute_notebook(
+                str(step.notebook),
+                str(temporary),
+                parameters,
+                kernel_name="python3",
+                progress_bar=False,
+                cwd=str(step.notebook.parent),
+                extra_arguments=["--IPKernelApp.log_level=ERROR"],
+            )
+        except (papermill.PapermillExecutionError, DeadKernelError) as error:
+            failure = error
+    if isinstance(failure, DeadKernelError):
+        cells = [cell for cell in files.read_json(executed)["cells"] if cell["cell_type"] == "code"]
+        number = sum(cell["metadata"]["papermill"]["start_time"] is not None for cell in cells)
+        raise StepFailed(f"{step.name} died in cell In [{number}], most often for want of memory; see {executed}.")
+    if failure is not None:
+        own = {"UserError": UserError, "Unfinished": runs.Unfinished}.get(failure.ename)
+        if own:
+            raise own(failure.evalue)
+        reason = (failure.evalue.strip().splitlines() or [""])[-1]
+        raise StepFailed(
+            f"{step.name} failed in cell In [{failure.exec_count}] with {failure.ename}: {reason}; see {executed}."
+        )
+    if runs.result(parameters["run_dir"], step.name) is None:
+        raise StepFailed(f"{step.name} ended without a result.json: its last cell must call step.finish.")
+    return time.monotonic() - began
+
+
+def _given_per_kind(params):
+    """{kind of step: {setting: value}}; a name that no step knows is refused."""
+    known = {kind: {field.name for field in fields(settings)} - {"lesion"} for kind, settings in SETTINGS.items()}
+    given = {kind: {} for kind in known}
+    for key, value in params.items():
+        kind, _, name = key.rpartition(".")
+        takers = [taker for taker in known if name in known[taker] and kind in ("", taker)]
+        if not takers:
+            names = sorted(set().union(*known.values()))
+            raise UserError(f"No step has a setting {key!r}; there are {', '.join(names)}.")
+        if name == "start_from" and value:
+            value = str(Path(value).expanduser().resolve())  # notebooks run in their own folder
+            if not Path(value).exists():
+                raise UserError(f"start_from is {value!r}, there is no such file.")
+        for taker in takers:
+            # A setting of one kind goes before the same setting of every kind, in whatever order they stand.
+            if kind or f"{taker}.{name}" not in params:
+                given[taker][name] = value
+    return given
+
+
+def _choose(only, start):
+    names = [step.name for step in STEPS]
+    for wanted in (only, start):
+        if wanted is not None and not any(name.startswith(wanted) for name in names):
+            raise UserError(f"No step {wanted!r}; there are {', '.join(names)}.")
+    first = 0 if start is None else next(i for i, name in enumerate(names) if name.startswith(start))
+    return [step for step in STEPS[first:] if only is None or step.name.startswith(only)]
+
+
+def _run_all(steps, parameters, done, jobs):
+    """Runs `steps` in order, up to `jobs` side by side, each once the steps it needs are through."""
+    waiting, running, failures = list(steps), {}, []
+    threads = max(1, _cores() // jobs)
+    pool = ProcessPoolExecutor(jobs, get_context("spawn"), initializer=_begin_worker, initargs=(threads,))
+    try:
+        while running or (waiting and not failures):
+            pending = {step.name for step in (*waiting, *running.values())}
+            ready = [] if failures else [step for step in waiting if not pending & set(step.needs)]
+            for step in ready[: jobs - len(running)]:
+                waiting.remove(step)
+                if done(step):
+                    _say(step, "done before, skipped")
+                else:
+                    _say(step, "started")
+                    running[pool.submit(run_step, step, parameters(step))] = step
+            for future in wait(running, return_when=FIRST_COMPLETED).done if running else ():
+                step = running.pop(future)
+                try:
+                    _say(step, f"done in {future.result():.0f} s")
+                except (UserError, StepFailed, runs.Unfinished) as error:
+                    _say(step, "stopped" if isinstance(error, runs.Unfinished) else "failed")
+                    failures.append(error)
+    except BaseException:
+        for worker in active_children():  # Ctrl-C: do not wait for a training to end
+            _end(worker.pid)
+        raise
+    finally:
+        pool.shutdown()
+    for error in failures[1:]:
+        print(error, flush=True)
+    if failures:
+        raise failures[0]
+
+
+def _written(out, name):
+    path = out / name / "result.json"
+    return path.stat().st_mtime_ns if path.exists() else 0
+
+
+def _say(step, what):
+    print(f"{time.strftime('%H:%M:%S')}  {step.name}: {what}", flush=True)
+
+
+def _cores():
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+
+
+def _begin_worker(threads):
+    """In each process that runs notebooks: its share of the cores, this package, and an end when its parent ends."""
+    # The same number in every notebook of a run: it decides the order of floating-point sums.
+    os.environ.setdefault("OMP_NUM_THREADS", str(threads))
+    # The kernel is this Python, whatever kernels the user has registered, and imports this very package.
+    os.environ["JUPYTER_PREFER_ENV_PATH"] = "1"
+    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent():
+    # A pipeline that was killed must not leave a training behind that writes where the next one writes.
+    connection.wait([parent_process().sentinel])
+    _end(os.getpid())
+
+
+def _end(pid):
+    """Kills a process and what it started, itself last."""
+    import psutil  # comes with ipykernel
+
+    process = psutil.Process(pid)
+    for one in (*process.children(recursive=True), process):
+        one.kill()

@@ -1,0 +1,229 @@
+"""The notebooks' figures: one function each, returning a matplotlib Figure; `OpenStep.figure` saves and shows it.
+
+Images are uint8 (N, H, W, 3), RGB. A class has one colour everywhere (`lesions.LESIONS`).
+"""
+
+import numpy as np
+import seaborn as sns
+from matplotlib.figure import Figure
+
+from stgan_utils.lesions import CLASSES, LESIONS
+
+METRICS = ("balanced_accuracy", "accuracy", "macro_f1", "macro_auc", "mel_sensitivity_at_90")
+# Of arms and curves (colour-blind safe); in no figure together with the classes' own.
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
+
+
+def class_counts(table):
+    """Images per class and split, on a logarithmic scale, the number on each bar.
+
+    Args:
+        table: a dataset table with `label` and `split`.
+    """
+    counts = table.groupby(["label", "split"]).size().unstack(fill_value=0).reindex(CLASSES, fill_value=0)
+    splits = [split for split in ("train", "val", "test") if split in counts]
+    fig = Figure(figsize=(8, 3.6), layout="constrained")
+    ax = fig.subplots()
+    for i, split in enumerate(splits):
+        x = np.arange(len(CLASSES)) + (i - (len(splits) - 1) / 2) * 0.27
+        # The split is told by how full the colour is, the class by the colour.
+        colours = [LESIONS[code].colour for code in CLASSES]
+        bars = ax.bar(x, counts[split], 0.26, color=colours, alpha=(1, 0.6, 0.35)[i])
+        ax.bar_label(bars, labels=[f"{count:,}" for count in counts[split]], fontsize=6.5, padding=1)
+    ax.set(yscale="log", ylabel="images (log)", title=f"Images per class: {', '.join(splits)}; n = {len(table):,}")
+    ax.set_xticks(range(len(CLASSES)), CLASSES)
+    ax.margins(y=0.12)
+    return _tidy(fig)
+
+
+def image_grid(images, titles=None, columns=8, title=""):
+    """Images in rows of `columns`, each with its title where `titles` are given; a remainder row stays open."""
+    images = np.asarray(images)
+    columns = min(columns, len(images))
+    rows = -(-len(images) // columns)
+    fig = Figure(figsize=(1.2 * columns, (1.2 if titles is None else 1.45) * rows + 0.4), layout="constrained")
+    axes = fig.subplots(rows, columns, squeeze=False).ravel()
+    for ax in axes:
+        ax.axis("off")
+    for i, (ax, image) in enumerate(zip(axes, images, strict=False)):
+        ax.imshow(image)
+        if titles is not None:
+            ax.set_title(titles[i], fontsize=7)
+    fig.suptitle(f"{title} (n = {len(images)} shown)" if title else "", fontsize=10)
+    return fig
+
+
+def real_above_generated(real, fake, title):
+    """The first 8 real images above the first 8 generated ones."""
+    fig = Figure(figsize=(9.6, 3.2), layout="constrained")
+    for part, images, name in zip(fig.subfigures(2), (real, fake), ("real", "generated"), strict=True):
+        part.suptitle(name, fontsize=9)
+        for ax, image in zip(part.subplots(1, 8), images[:8], strict=False):
+            ax.imshow(image)
+        for ax in part.axes:
+            ax.axis("off")
+    fig.suptitle(f"{title}, n = {len(real):,} real and {len(fake):,} generated", fontsize=10)
+    return fig
+
+
+def pairs(images_left, images_right, captions):
+    """Each left image beside its right one, `captions` above the pair; three pairs a row."""
+    count = len(captions)
+    columns = min(3, count)
+    rows = -(-count // columns)
+    fig = Figure(figsize=(3.1 * columns, 1.9 * rows), layout="constrained")
+    parts = np.ravel(fig.subfigures(rows, columns, squeeze=False))
+    for part, left, right, caption in zip(parts, images_left, images_right, captions, strict=False):
+        part.suptitle(caption, fontsize=8)
+        for ax, image in zip(part.subplots(1, 2), (left, right), strict=True):
+            ax.imshow(image)
+            ax.axis("off")
+    return fig
+
+
+def loss_history(history, columns, title="Losses", x="iteration"):
+    """Each of `columns` over `x` ("iteration" or "epoch") in its own panel, since losses have no common scale."""
+    fig = Figure(figsize=(3.2 * min(3, len(columns)), 2.3 * -(-len(columns) // 3)), layout="constrained")
+    axes = fig.subplots(-(-len(columns) // 3), min(3, len(columns)), squeeze=False).ravel()
+    for ax, column, colour in zip(axes, columns, np.resize(COLOURS, len(columns)), strict=False):
+        ax.plot(history[x], history[column], color=colour, lw=1.2)
+        ax.set_title(column.replace("_", " "), fontsize=9)
+        ax.set_xlabel(x, fontsize=8)
+    for ax in axes[len(columns) :]:
+        ax.axis("off")
+    fig.suptitle(title, fontsize=10)
+    return _tidy(fig)
+
+
+def kid_history(history, title="Distance to real images"):
+    """KID over iterations with its interval, the best one marked.
+
+    Args:
+        history: DataFrame with `iteration`, `kid`, `kid_low`, `kid_high`.
+        title: must name the feature space.
+    """
+    best = history.loc[history["kid"].idxmin()]
+    fig = Figure(figsize=(6, 3.2), layout="constrained")
+    ax = fig.subplots()
+    ax.fill_between(history["iteration"], history["kid_low"], history["kid_high"], color=COLOURS[0], alpha=0.2, lw=0)
+    ax.plot(history["iteration"], history["kid"], "o-", color=COLOURS[0], ms=4, label="KID, 95 % interval")
+    label = f"best: {best['kid']:.4g} at iteration {best['iteration']:,.0f}"
+    ax.plot(best["iteration"], best["kid"], "*", color=COLOURS[1], ms=13, label=label)
+    ax.set(xlabel="iteration", ylabel="KID (lower is better)", title=title)
+    ax.legend(fontsize=8)
+    return _tidy(fig)
+
+
+def dedup_bars(counts):
+    """What each filter leaves, side by side per class.
+
+    Args:
+        counts: DataFrame indexed by class with columns such as `generated`, `after pHash`, `after wHash`.
+    """
+    fig = Figure(figsize=(8, 3.4), layout="constrained")
+    ax = fig.subplots()
+    width = 0.84 / len(counts.columns)
+    for i, name in enumerate(counts.columns):
+        x = np.arange(len(counts)) + (i - (len(counts.columns) - 1) / 2) * width
+        bars = ax.bar(x, counts[name], width, color=COLOURS[i], label=name)
+        ax.bar_label(bars, labels=[f"{count:,}" for count in counts[name]], fontsize=6.5, padding=1)
+    ax.set_xticks(range(len(counts)), counts.index)
+    ax.set(ylabel="images", title=f"Left by each filter, n = {int(counts.iloc[:, 0].sum()):,} generated")
+    ax.legend(fontsize=8, ncols=len(counts.columns), loc="upper center", bbox_to_anchor=(0.5, -0.1))
+    return _tidy(fig)
+
+
+def threshold_sweep(shares, threshold=10, title="Kept at each threshold"):
+    """Share kept against the Hamming threshold; the one in use as a dotted line.
+
+    Args:
+        shares: DataFrame indexed by threshold, a column a curve, values in [0, 1]. Columns that name "real" are drawn
+            dashed: they are the control, in which nothing is a copy. Columns that name the same hash share a colour.
+    """
+    fig = Figure(figsize=(6.4, 3.6), layout="constrained")
+    ax = fig.subplots()
+    hashes = list(dict.fromkeys(name.split()[-1] for name in shares.columns))
+    for name in shares.columns:
+        style = "--" if "real" in name else "-"
+        ax.plot(shares.index, shares[name], style, color=COLOURS[hashes.index(name.split()[-1])], label=name)
+    ax.axvline(threshold, color="0.4", ls=":", lw=1)
+    ax.set(xlabel="threshold (bits of 64)", ylabel="share kept", ylim=(0, 1.02), title=title)
+    ax.legend(fontsize=8)
+    return _tidy(fig)
+
+
+def confusion(matrix, classes, title="Confusion matrix"):
+    """Counts, rows true and columns predicted, coloured by their share of the row.
+
+    Args:
+        matrix: (C, C) whole numbers, rows and columns in the order of `classes`.
+    """
+    matrix = np.asarray(matrix)
+    share = matrix / np.maximum(matrix.sum(1, keepdims=True), 1)
+    fig = Figure(figsize=(5.2, 4.4), layout="constrained")
+    ax = fig.subplots()
+    sns.heatmap(
+        share,
+        annot=matrix,
+        fmt=",d",
+        cmap="Blues",
+        vmin=0,
+        vmax=1,
+        xticklabels=classes,
+        yticklabels=classes,
+        cbar_kws={"label": "share of the row"},
+        annot_kws={"fontsize": 8},
+        ax=ax,
+    )
+    ax.set(xlabel="predicted", ylabel="true", title=f"{title}, n = {matrix.sum():,}")
+    ax.tick_params(axis="y", rotation=0)
+    return fig
+
+
+def metric_intervals(arms, names=METRICS, title="Real test split, 95 % intervals"):
+    """A dot with its interval for each figure and arm.
+
+    Args:
+        arms: {arm: `metrics` as `evaluation.evaluate` gives them}; a figure or bound that is None is not drawn.
+    """
+    fig = Figure(figsize=(6.4, 0.5 * len(names) + 1.4), layout="constrained")
+    ax = fig.subplots()
+    for i, (arm, metrics) in enumerate(arms.items()):
+        values, errors = _bars([metrics[name] for name in names])
+        y = np.arange(len(names)) + (i - (len(arms) - 1) / 2) * 0.22
+        ax.errorbar(values, y, xerr=errors, fmt="o", ms=5, capsize=3, color=COLOURS[i], label=arm)
+    ax.set_yticks(range(len(names)), [name.replace("_", " ") for name in names])
+    ax.set(xlim=(0, 1), ylim=(len(names) - 0.5, -0.5), title=title)
+    ax.legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.12), ncols=len(arms))
+    return _tidy(fig)
+
+
+def recall_per_class(arms, title="Recall per class, real test split, 95 % intervals"):
+    """Bars per class with their intervals, one for each arm; the number of test images below the class.
+
+    Args:
+        arms: {arm: `per_class` as `evaluation.evaluate` gives it}.
+    """
+    fig = Figure(figsize=(7, 3.4), layout="constrained")
+    ax = fig.subplots()
+    width = 0.84 / len(arms)
+    for i, (arm, per_class) in enumerate(arms.items()):
+        values, errors = _bars([per_class[code]["recall"] for code in CLASSES])
+        x = np.arange(len(CLASSES)) + (i - (len(arms) - 1) / 2) * width
+        ax.bar(x, values, width, yerr=errors, color=COLOURS[i], label=arm, error_kw={"lw": 0.8, "ecolor": "0.3"})
+    images = next(iter(arms.values()))
+    ax.set_xticks(range(len(CLASSES)), [f"{code}\nn = {images[code]['images']:,}" for code in CLASSES])
+    ax.set(ylim=(0, 1.02), ylabel="recall", title=title)
+    ax.legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.18), ncols=len(arms))
+    return _tidy(fig)
+
+
+def _bars(intervals):
+    """Values (N,) and lengths of their bars downwards and upwards (2, N); NaN where there is None."""
+    value, low, high = (np.array([interval[key] for interval in intervals], float) for key in ("value", "low", "high"))
+    return value, np.clip([value - low, high - value], 0, None)
+
+
+def _tidy(fig):
+    sns.despine(fig)
+    return fig

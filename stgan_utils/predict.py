@@ -1,0 +1,131 @@
+"""From images on disk to the ISIC 2018 Task 3 submission format, without holding more than a few batches."""
+
+import contextlib
+import csv
+import io
+import os
+import sys
+import zipfile
+from collections import Counter, deque
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path, PurePosixPath
+
+import numpy as np
+from PIL import UnidentifiedImageError
+from tqdm.auto import tqdm
+
+from stgan_utils import data, device
+from stgan_utils.config import UserError
+from stgan_utils.files import atomic_path
+from stgan_utils.layouts import IMAGE_SUFFIXES
+
+# Columns of the submission format, after `image`.
+ISIC_ORDER = ("MEL", "NV", "BCC", "AKIEC", "BKL", "DF", "VASC")
+
+
+def predict_folder(model, source, out, batch_size=None, tta=False):
+    """Write a classifier's probabilities for every image as CSV: `image,MEL,NV,BCC,AKIEC,BKL,DF,VASC`.
+
+    One row an image, sorted by image id (the file's name without its suffix); each row sums to 1 within rounding.
+
+    Args:
+        model: `Classifier`; moved to the device that `device.pick` chooses.
+        source: a folder (read with all below it), one image file, or a zip archive (read without unpacking it).
+        out: file to write, whole or not at all; "-" is standard output.
+        batch_size: images at a time; by default 32 on a CPU, 256 on a GPU.
+        tta: average over flips: better by a little, four times as slow.
+
+    Returns:
+        (rows written, [(file, why) that could not be read and has no row]).
+
+    Raises:
+        UserError: no such source, no image in it, two images of one id, or a damaged archive.
+    """
+    place = device.pick()
+    model = model.fused().to(place)
+    batch_size = batch_size or (256 if place.type == "cuda" else 32)
+    written, unreadable = 0, []
+    with _open_source(source) as (files, read), _open_out(out) as stream:
+        writer = csv.writer(stream, lineterminator="\n")
+        writer.writerow(["image", *ISIC_ORDER])
+        with tqdm(total=len(files), unit="image", desc="predict", file=sys.stderr) as progress:
+            for names, images in _batches(sorted(files.items()), read, model.size, batch_size):
+                good = [isinstance(image, np.ndarray) for image in images]
+                unreadable += [
+                    (name, image) for (_, name), image, ok in zip(names, images, good, strict=True) if not ok
+                ]
+                if any(good):
+                    pixels = np.stack([image for image, ok in zip(images, good, strict=True) if ok])
+                    table = model.predict_proba(pixels, batch_size=batch_size, tta=tta)[list(ISIC_ORDER)]
+                    ids = [image_id for (image_id, _), ok in zip(names, good, strict=True) if ok]
+                    for image_id, row in zip(ids, table.to_numpy(), strict=True):
+                        writer.writerow([image_id, *(f"{value:.8f}" for value in row)])
+                written += sum(good)
+                progress.update(len(images))
+    return written, unreadable
+
+
+def _batches(files, read, size, batch_size):
+    """([(id, name)], [pixels or the reason why there are none]), decoded by threads two batches ahead."""
+
+    def decode(name):
+        try:
+            return data.load_images([read(name)], size)[0]
+        except UnidentifiedImageError:
+            return "not an image"
+        except Exception as error:  # Pillow's decoders fail in many ways; to the caller they are one
+            return str(error) or type(error).__name__
+
+    ahead = deque()
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        for start in range(0, len(files), batch_size):
+            names = files[start : start + batch_size]
+            ahead.append((names, [pool.submit(decode, name) for _, name in names]))
+            if len(ahead) > 2:
+                names, futures = ahead.popleft()
+                yield names, [future.result() for future in futures]
+        for names, futures in ahead:
+            yield names, [future.result() for future in futures]
+
+
+@contextlib.contextmanager
+def _open_source(source):
+    """({image id: name}, function that opens a name) of a folder, an archive or one file."""
+    source = Path(source)
+    if source.is_dir():
+        found = [path for path in source.rglob("*") if path.is_file()]
+        yield _by_id(source, [path for path in found if _is_image(path.relative_to(source))]), str
+    elif zipfile.is_zipfile(source):
+        with zipfile.ZipFile(source) as archive:
+            names = [info.filename for info in archive.infolist() if not info.is_dir()]
+            files = _by_id(source, [name for name in names if _is_image(PurePosixPath(name))])
+            yield files, lambda name: io.BytesIO(archive.read(name))
+    elif source.is_file() and _is_image(Path(source.name)):
+        yield {source.stem: source}, str
+    else:
+        raise UserError(f"{source} is no folder, zip archive or image: give one of {', '.join(IMAGE_SUFFIXES)}.")
+
+
+def _is_image(path):
+    """By its suffix; hidden files and the doubles that macOS puts into archives are none."""
+    hidden = any(part.startswith((".", "__MACOSX")) for part in path.parts)
+    return path.suffix.lower() in IMAGE_SUFFIXES and not hidden
+
+
+def _by_id(source, names):
+    if not names:
+        raise UserError(f"There is no image in {source} ({', '.join(IMAGE_SUFFIXES)}).")
+    ids = [PurePosixPath(name).stem for name in names]
+    twice = [image_id for image_id, count in Counter(ids).items() if count > 1]
+    if twice:
+        raise UserError(f"{source} holds {len(twice)} image name(s) twice, such as {twice[0]}: rename or split them.")
+    return dict(zip(ids, names, strict=True))
+
+
+@contextlib.contextmanager
+def _open_out(out):
+    if str(out) == "-":
+        yield sys.stdout
+    else:
+        with atomic_path(out) as temporary, open(temporary, "w", encoding="utf-8", newline="") as stream:
+            yield stream

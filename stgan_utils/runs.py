@@ -1,0 +1,273 @@
+"""The run folder: what each step leaves in it, and what the next step may rely on.
+
+Every step owns `RUN_DIR/<step>/`. `settings.json` says what the folder was begun with, `result.json` that the step was
+finished. Both are compared with what is asked for, so that two runs never mix in one folder.
+"""
+
+import contextlib
+import hashlib
+import json
+import math
+import platform
+import subprocess
+import time
+from dataclasses import asdict, dataclass, field
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import stgan_utils
+from stgan_utils import files
+from stgan_utils.config import UserError
+
+PHANTOM = "phantom"
+PHANTOM_NAME = "phantom — drawn, not photographed"
+START = "00_start_here"
+# How long a session may work has no say in what comes out.
+NOT_COMPARED = ("max_minutes",)
+
+
+class Unfinished(Exception):
+    """A step stopped in good order before its end (its time was up) and goes on when it is run again.
+
+    The message says where it stopped; the command line prints it and exits with status 4.
+    """
+
+
+def identify(data):
+    """What tells one dataset from another: "phantom", or the resolved path of a folder or file.
+
+    Raises:
+        UserError: there is nothing at that path.
+    """
+    if str(data) == PHANTOM:
+        return PHANTOM
+    path = Path(data).expanduser().resolve()
+    if not path.exists():
+        raise UserError(f"There is no {path}: give data as a dataset's folder or file, or as '{PHANTOM}'.")
+    return str(path)
+
+
+def fingerprint(step, settings, data, inputs):
+    """16 hex digits that are equal exactly when step, settings, data and the earlier steps' fingerprints are."""
+    canonical = json.dumps([step, _compared(settings), data, inputs], sort_keys=True, ensure_ascii=False)
+    return hashlib.sha256(canonical.encode()).hexdigest()[:16]
+
+
+def result(run_dir, step):
+    """What a step's `result.json` holds, or None where the step has not been finished."""
+    path = Path(run_dir) / step / "result.json"
+    return files.read_json(path) if path.exists() else None
+
+
+def is_done(run_dir, step, settings, data):
+    """Whether the step was finished with these settings, this data (as `identify` gives it) and the present inputs."""
+    stored = result(run_dir, step)
+    if stored is None:
+        return False
+    inputs = _fingerprints(run_dir, stored["inputs"])
+    return stored["fingerprint"] == fingerprint(step, settings, data, inputs)
+
+
+def check_folder(run_dir, step, settings, data, inputs=None):
+    """Nothing, where the step's folder is new, empty or was begun with the same settings, data and inputs.
+
+    Args:
+        inputs: {earlier step: fingerprint}; None leaves them out of the comparison (they may be about to change).
+
+    Raises:
+        UserError: the folder holds work of another run; the message names what differs.
+    """
+    folder = Path(run_dir) / step
+    begun_with = folder / "settings.json"
+    if not begun_with.exists() or list(folder.iterdir()) == [begun_with]:  # nothing made yet
+        return
+    begun = files.read_json(begun_with)
+    there, asked = _compared(begun["settings"]), _compared(settings)
+    differ = [
+        f"{name} {there.get(name)!r} there, {asked.get(name)!r} asked for"
+        for name in dict.fromkeys([*there, *asked])
+        if there.get(name) != asked.get(name)
+    ]
+    if begun["data"] != data:
+        differ.append(f"data {begun['data']!r} there, {data!r} asked for")
+    if inputs is not None and asked:  # a step with nothing to set, the report, is made of whatever is there now
+        differ += [f"{name} was made anew" for name in inputs if begun["inputs"].get(name) != inputs[name]]
+    if differ:
+        raise UserError(
+            f"{folder} belongs to a run with other settings ({'; '.join(differ)}): choose another run folder (--out), "
+            "or use --force or delete that folder to make it anew."
+        )
+
+
+def open_step(step, settings, data, run_dir, profile, needs=()):
+    """Begins a step, or goes on with one that was cut off: its folder is there and `settings.json` is in it.
+
+    Args:
+        step: the notebook's name without `.ipynb`.
+        settings: the step's settings, an instance of one of `config.SETTINGS`.
+        data: "phantom", or a folder or file.
+        needs: the earlier steps that this one builds on.
+
+    Returns:
+        OpenStep.
+
+    Raises:
+        UserError: no such data, an earlier step is missing or was made from other data, or the step's folder belongs
+            to a run with other settings.
+    """
+    run_dir, data = Path(run_dir).expanduser().resolve(), identify(data)
+    for name in needs:
+        if not (run_dir / name / "result.json").exists():
+            raise UserError(f"{name} has not been run in {run_dir}: run notebooks/{name}.ipynb first.")
+    for name in dict.fromkeys([*needs, START]):
+        earlier = result(run_dir, name)
+        if step != START and earlier and earlier["data"] != data:
+            raise UserError(
+                f"{run_dir / name} was made from {earlier['data']}, not from {data}: choose another run folder."
+            )
+    inputs = _fingerprints(run_dir, needs)
+    check_folder(run_dir, step, settings, data, inputs)
+    begun = {"step": step, "settings": asdict(settings), "data": data, "profile": profile, "inputs": inputs}
+    files.write_json(run_dir / step / "settings.json", begun)
+    opened = OpenStep(step, settings, data, profile, run_dir, inputs)
+    print(f"{step} · data: {opened.data_name} · {opened.device} · {opened.folder}")
+    return opened
+
+
+@dataclass
+class OpenStep:
+    """A step at work: collects figures, tables and models, and `finish` writes them down.
+
+    `data_name` is what figures and the report call the data; step 00 sets it, such as "HAM10000, n = 10,015".
+    """
+
+    step: str
+    settings: object
+    data: str
+    profile: str
+    run_dir: Path
+    inputs: dict
+    data_name: str = ""
+    figures: list = field(default_factory=list)
+    tables: list = field(default_factory=list)
+    models: list = field(default_factory=list)
+
+    def __post_init__(self):
+        from stgan_utils import device  # torch: only a step at work pays for it
+
+        self.device = device.describe()
+        self._started = time.monotonic()
+        if not self.data_name:
+            fallback = PHANTOM_NAME if self.data == PHANTOM else Path(self.data).name
+            self.data_name = (result(self.run_dir, START) or {}).get("data_name", fallback)
+
+    @property
+    def folder(self):
+        """Where this step writes."""
+        return self.run_dir / self.step
+
+    def earlier(self, name):
+        """The `result.json` of an earlier step.
+
+        Raises:
+            UserError: it has not been run.
+        """
+        return files.read_json(self.run_dir / name / "result.json")
+
+    def figure(self, fig, name, caption):
+        """Saves a matplotlib Figure as `figures/<name>.png` with the data's name below it, and shows it."""
+        from IPython.display import Image, display
+
+        # Below the axes, where `bbox_inches="tight"` makes room for it.
+        fig.text(0.99, -0.01, f"data: {self.data_name}", ha="right", va="top", fontsize=7, color="0.4")
+        path = self.folder / "figures" / f"{name}.png"
+        with files.atomic_path(path) as temporary:
+            fig.savefig(temporary, dpi=110, bbox_inches="tight", facecolor="white")
+        self.figures.append({"file": str(path.relative_to(self.folder)), "caption": caption})
+        display(Image(filename=str(path)))
+
+    def table(self, table, title):
+        """Remembers a DataFrame for the report, its index too where that has a name, and shows it."""
+        from IPython.display import display
+
+        display(table)
+        flat = table.reset_index() if table.index.names != [None] else table
+        rows = [list(row) for row in flat.itertuples(index=False, name=None)]
+        self.tables.append({"title": title, "columns": [str(name) for name in flat.columns], "rows": rows})
+
+    def model(self, path):
+        """Remembers a model file and its checksum."""
+        path = Path(path).resolve()
+        name = path.relative_to(self.folder) if path.is_relative_to(self.folder) else path
+        self.models.append({"file": str(name), "sha256": files.sha256(path)})
+
+    def finish(self, numbers, learnt):
+        """Writes `result.json`: from now on the step counts as done.
+
+        Args:
+            numbers: what was measured, a mapping of anything JSON can hold and NumPy's own numbers; NaN becomes null.
+            learnt: one sentence for the report.
+
+        Returns:
+            What was written, as a dict.
+        """
+        values = _plain(
+            {
+                "step": self.step,
+                "settings": asdict(self.settings),
+                "data": self.data,
+                "data_name": self.data_name,
+                "profile": self.profile,
+                "seed": getattr(self.settings, "seed", None),
+                "seconds": round(time.monotonic() - self._started, 1),
+                "device": self.device,
+                "versions": _versions(),
+                "inputs": self.inputs,
+                "fingerprint": fingerprint(self.step, self.settings, self.data, self.inputs),
+                "numbers": numbers,
+                "figures": self.figures,
+                "tables": self.tables,
+                "models": self.models,
+                "learnt": learnt,
+            }
+        )
+        files.write_json(self.folder / "result.json", values)
+        print(f"{self.step} · done in {values['seconds']:.0f} s · {self.folder / 'result.json'}")
+        return values
+
+
+def _fingerprints(run_dir, steps):
+    return {name: (result(run_dir, name) or {}).get("fingerprint") for name in steps}
+
+
+def _compared(settings):
+    values = settings if isinstance(settings, dict) else asdict(settings)
+    return {name: value for name, value in values.items() if name not in NOT_COMPARED}
+
+
+def _plain(value):
+    """The value as JSON can hold it: NumPy's numbers and arrays as Python's, NaN and infinity as None."""
+    if isinstance(value, dict):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if hasattr(value, "tolist"):  # NumPy, pandas and torch alike
+        value = value.tolist()
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value if isinstance(value, str | int | float | None) else str(value)
+
+
+def _versions():
+    found = {"python": platform.python_version(), "stgan_utils": stgan_utils.__version__}
+    for name in ("torch", "torchvision", "numpy"):
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            found[name] = None
+    root = Path(__file__).resolve().parents[1]
+    if (root / ".git").exists():
+        with contextlib.suppress(FileNotFoundError):  # a machine without git
+            git = subprocess.run(["git", "-C", root, "rev-parse", "HEAD"], capture_output=True, text=True)
+            found["git"] = git.stdout.strip() or None
+    return found

@@ -1,0 +1,221 @@
+"""Training learns, resumes and stops as promised; order and scaling stay bound to the file."""
+
+import math
+from dataclasses import replace
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch.optim.swa_utils import update_bn
+
+from stgan_utils import checkpoints
+from stgan_utils import classifier as clf
+from stgan_utils.backbone import IMAGENET_SCALING, KERAS_SCALING
+from stgan_utils.config import ClassifierSettings, UserError
+from stgan_utils.evaluation import balanced_accuracy
+from stgan_utils.lesions import CLASSES, PRIOR_TRAINING_ORDER
+
+SETTINGS = ClassifierSettings(size=32, epochs=2, batch_size=16, pretrained="none")
+COLOURS = np.array(
+    [[230, 30, 30], [30, 230, 30], [30, 30, 230], [230, 230, 30], [230, 30, 230], [30, 230, 230], [128, 128, 128]]
+)
+
+
+def toy(count, seed=0):
+    """Noisy squares, each class of its own colour: uint8 (count, 32, 32, 3) and labels."""
+    rng = np.random.default_rng(seed)
+    number = np.arange(count) % 7
+    images = COLOURS[number][:, None, None] + rng.normal(0, 20, (count, 32, 32, 3))
+    return images.clip(0, 255).astype(np.uint8), np.array(CLASSES)[number]
+
+
+@pytest.fixture(scope="module")
+def pictures():
+    return toy(14)[0]
+
+
+@pytest.fixture
+def model(pictures):
+    """Random weights that tell the pictures apart: statistics measured on them, answers far from even."""
+    torch.manual_seed(0)
+    model = clf.Classifier({"size": 32, **IMAGENET_SCALING})
+    update_bn([torch.from_numpy(pictures)], model)
+    with torch.no_grad():
+        model.head[1].weight.mul_(10)
+    return model.eval()
+
+
+# --- loss ---------------------------------------------------------------------------------------------------------
+
+
+def test_adjusted_loss_closed_form():
+    targets = torch.tensor([0, 0, 0, 1, 2, 3, 4, 5, 5, 6])
+    prior = torch.tensor([3, 1, 1, 1, 1, 2, 1]) / 10
+    assert torch.allclose(clf.log_prior(targets).exp(), prior)
+    logits, tau = torch.randn(10, 7, generator=torch.Generator().manual_seed(0)), 0.7
+    loss = clf.adjusted_loss(logits, targets, tau * clf.log_prior(targets))
+    # Menon et al., eq. 10: −log( π_y^τ e^{f_y} / Σ π_c^τ e^{f_c} )
+    raised = prior**tau * logits.exp()
+    assert loss == pytest.approx(-torch.log(raised[range(10), targets] / raised.sum(1)).mean().item(), rel=1e-5)
+    # Logits that know nothing cost the prior's entropy: to gain, they must tell images apart, not guess the majority.
+    silent = clf.adjusted_loss(torch.zeros(10, 7), targets, clf.log_prior(targets))
+    assert silent == pytest.approx(-(prior * prior.log()).sum().item(), rel=1e-5)
+
+
+# --- order and scaling --------------------------------------------------------------------------------------------
+
+
+def test_scaling_is_in_the_file_and_applied_inside(model, pictures, tmp_path):
+    """Raw pixels in; another scaling in the header means other answers, so nobody can lose it unnoticed."""
+    raw, answers = torch.from_numpy(pictures), []
+    for scaling, scaled in (
+        (KERAS_SCALING, raw.double() / 127.5 - 1),
+        (IMAGENET_SCALING, (raw / 255 - torch.tensor([0.485, 0.456, 0.406])) / torch.tensor([0.229, 0.224, 0.225])),
+    ):
+        model.preprocessing = {"size": 32, **scaling}
+        model.save(tmp_path / "model.safetensors")
+        loaded = clf.Classifier.load(tmp_path / "model.safetensors")
+        with torch.no_grad():
+            expected = model.head(model.features(scaled.permute(0, 3, 1, 2).float()).mean((2, 3)))
+            answers.append(loaded(raw).softmax(1))
+            assert torch.allclose(answers[-1], expected.softmax(1), atol=1e-3)
+        assert loaded.preprocessing == {"size": 32, **scaling}
+    assert (answers[0] - answers[1]).abs().max() > 0.1
+    with pytest.raises(AssertionError, match="size is 32"):
+        loaded(torch.zeros(1, 64, 64, 3, dtype=torch.uint8))
+
+
+def test_order_in_the_file_names_the_columns(model, pictures, tmp_path):
+    model.save(tmp_path / "model.safetensors")
+    proba = clf.Classifier.load(tmp_path / "model.safetensors").predict_proba(pictures)
+    assert list(proba.columns) == list(CLASSES)
+    assert np.allclose(proba.sum(axis=1), 1, atol=1e-12)
+
+    # The same outputs under other names: the header decides what an output means.
+    tensors, header = checkpoints.load(tmp_path / "model.safetensors")
+    checkpoints.save(tmp_path / "renamed", tensors, header | {"class_order": list(PRIOR_TRAINING_ORDER)})
+    renamed = clf.Classifier.load(tmp_path / "renamed").predict_proba(pictures)
+    assert list(renamed.columns) == list(PRIOR_TRAINING_ORDER)
+    assert np.array_equal(renamed.to_numpy(), proba.to_numpy())
+
+    # Outputs and names permuted together: another file, the same answers and accuracy.
+    order = [CLASSES.index(code) for code in PRIOR_TRAINING_ORDER]
+    tensors |= {name: tensors[name][order] for name in ("head.1.weight", "head.1.bias")}
+    checkpoints.save(tmp_path / "permuted", tensors, header | {"class_order": list(PRIOR_TRAINING_ORDER)})
+    permuted = clf.Classifier.load(tmp_path / "permuted").predict_proba(pictures)
+    pd.testing.assert_frame_equal(permuted[list(CLASSES)], proba)
+    labels = proba.idxmax(axis=1)
+    assert labels.nunique() > 2
+    assert balanced_accuracy(labels, permuted) == 1 > balanced_accuracy(labels, renamed)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"class_order": None}, "class order"),
+        ({"class_order": ["NV", "MEL"]}, "class order"),
+        ({"preprocessing": None}, "size, mean and std"),
+        ({"preprocessing": {"size": 32}}, "size, mean and std"),
+        ({"architecture": {"kind": "fastgan"}}, "no mobilenet_v2"),
+    ],
+)
+def test_files_that_do_not_say_how_to_use_them_are_refused(model, tmp_path, change, message):
+    model.save(tmp_path / "model.safetensors")
+    tensors, header = checkpoints.load(tmp_path / "model.safetensors")
+    checkpoints.save(tmp_path / "changed", tensors, header | change)
+    with pytest.raises(UserError, match=message):
+        clf.Classifier.load(tmp_path / "changed")
+
+
+def test_damaged_and_foreign_files_are_refused(model, tmp_path):
+    model.save(tmp_path / "model.safetensors")
+    tensors, header = checkpoints.load(tmp_path / "model.safetensors")
+    save_file(tensors, tmp_path / "bare")
+    (tmp_path / "cut").write_bytes((tmp_path / "model.safetensors").read_bytes()[:-100])
+    checkpoints.save(tmp_path / "less", dict(list(tensors.items())[1:]), header)
+    for name, message in (("bare", "bare"), ("cut", "cut"), ("less", "does not fit"), ("absent", "no file")):
+        with pytest.raises(UserError, match=message):
+            clf.Classifier.load(tmp_path / name)
+
+
+def test_folding_batch_norm_and_flips_keep_the_answers(model, pictures):
+    proba = model.predict_proba(pictures)
+    pd.testing.assert_frame_equal(model.fused().predict_proba(pictures), proba, atol=1e-3)
+    assert not any(isinstance(module, torch.nn.BatchNorm2d) for module in model.fused().modules())
+    flipped = model.predict_proba(pictures[:, ::-1, ::-1], tta=True)
+    pd.testing.assert_frame_equal(flipped, model.predict_proba(pictures, tta=True), atol=1e-3)
+    pd.testing.assert_frame_equal(
+        model.predict_proba(pictures, rows=[5, 2], batch_size=1), proba.loc[[5, 2]].reset_index(drop=True), atol=1e-3
+    )
+
+
+# --- training -----------------------------------------------------------------------------------------------------
+
+
+def test_augment_keeps_range_and_content_and_varies():
+    images = torch.rand(1, 3, 32, 32, generator=torch.Generator().manual_seed(0)).repeat(64, 1, 1, 1)
+    torch.manual_seed(1)
+    views = clf.augment(images)
+    assert views.shape == images.shape and views.min() >= 0 and views.max() <= 1
+    assert len({view.mean().item() for view in views}) == 64  # each image its own draw
+    assert views.mean() == pytest.approx(images.mean().item(), abs=0.03)
+    torch.manual_seed(1)
+    assert torch.equal(views, clf.augment(images))
+
+
+def test_learns_a_separable_set_from_nothing(tmp_path):
+    images, labels = toy(203)
+    settings = replace(SETTINGS, epochs=4, learning_rate=3e-3)
+    history = clf.train(settings, images, labels, np.arange(168), np.arange(168, 203), tmp_path)
+    best = history["val_balanced_accuracy"].max()
+    assert best > 0.95
+    assert history["train_loss"].iloc[-1] < history["train_loss"].iloc[0] / 2
+    # What was saved is the best epoch, and it does as well when it is loaded.
+    model = clf.Classifier.load(tmp_path / clf.MODEL_FILE)
+    assert balanced_accuracy(labels[168:], model.predict_proba(images[168:])) == pytest.approx(best)
+    assert model.settings["backbone"] == "MobileNetV2 (random weights)"
+
+
+def test_killed_and_resumed_ends_bit_identical(tmp_path):
+    images, labels = toy(64)
+    sets = (images, labels, np.arange(49), np.arange(49, 64))
+    through = clf.train(SETTINGS, *sets, tmp_path / "through")
+
+    class Killed(Exception):
+        pass
+
+    def kill(history):
+        raise Killed
+
+    with pytest.raises(Killed):
+        clf.train(SETTINGS, *sets, tmp_path / "killed", on_epoch=kill)
+    torch.rand(5)  # the resumed process has another past
+    epochs = []
+    resumed = clf.train(SETTINGS, *sets, tmp_path / "killed", on_epoch=lambda history: epochs.append(len(history)))
+    assert epochs == [2]
+    speed = ["images_per_second"]
+    pd.testing.assert_frame_equal(through.drop(columns=speed), resumed.drop(columns=speed), check_exact=True)
+    ours, theirs = (load_file(tmp_path / run / clf.MODEL_FILE) for run in ("through", "killed"))
+    assert ours.keys() == theirs.keys() and all(torch.equal(ours[key], theirs[key]) for key in ours)
+    # A finished run is not trained again, and another run does not mix with it.
+    pd.testing.assert_frame_equal(clf.train(SETTINGS, *sets, tmp_path / "killed"), resumed)
+    with pytest.raises(UserError, match="learning_rate differ"):
+        clf.train(replace(SETTINGS, learning_rate=0.1), *sets, tmp_path / "killed")
+    with pytest.raises(UserError, match="train differ"):
+        clf.train(SETTINGS, images, labels, np.arange(48), sets[3], tmp_path / "killed")
+
+
+def test_wrong_sets_and_nan_say_what_to_do(tmp_path):
+    images, labels = toy(40)
+    rows, val = np.arange(30), np.arange(30, 40)
+    with pytest.raises(UserError, match="No training image of DF, VASC"):
+        clf.train(SETTINGS, images, labels, rows[~np.isin(labels[:30], ["DF", "VASC"])], val, tmp_path)
+    with pytest.raises(UserError, match="lower batch_size=64"):
+        clf.train(replace(SETTINGS, batch_size=64), images, labels, rows, val, tmp_path)
+    with pytest.raises(UserError, match="validation"):
+        clf.train(SETTINGS, images, labels, rows, val[:0], tmp_path)
+    with pytest.raises(UserError, match=r"NaN in epoch \d.*lower learning_rate"):
+        clf.train(replace(SETTINGS, learning_rate=math.inf), images, labels, rows, val, tmp_path)
+    assert not (tmp_path / clf.MODEL_FILE).exists()

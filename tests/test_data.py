@@ -1,0 +1,353 @@
+"""Datasets in every layout, the split by lesion, the image cache; against plain loops and made-up metadata."""
+
+import itertools
+import os
+import shutil
+
+import numpy as np
+import pandas as pd
+import pytest
+from PIL import Image
+
+from stgan_utils import data
+from stgan_utils.config import UserError
+from stgan_utils.lesions import CLASSES, LESIONS
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("STGAN_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+def picture(path, seed, size=(30, 22)):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    noise = np.random.default_rng(seed).integers(0, 256, (5, 6, 3), dtype=np.uint8)
+    Image.fromarray(noise).resize(size, Image.Resampling.BICUBIC).save(path, quality=95)
+    return path
+
+
+def made_up(classes=CLASSES, lesions=20):
+    """A table of lesions with 1 … 4 images each."""
+    images = itertools.cycle([1, 1, 2, 1, 4, 1, 3])
+    rows = [
+        {"lesion_id": f"L_{code}_{number:03d}", "label": code}
+        for code in classes
+        for number in range(lesions)
+        for _ in range(next(images))
+    ]
+    table = pd.DataFrame(rows)
+    table.insert(0, "image_id", [f"I_{number:05d}" for number in range(len(rows))])
+    return table.assign(path="")
+
+
+def several_images(table, label="MEL"):
+    """A lesion with more than one image."""
+    return table.loc[table["label"] == label, "lesion_id"].value_counts().index[0]
+
+
+def kaggle(folder, images=21, name="HAM10000_metadata.csv", separator=",", parts=("images_part_1", "IMAGES_PART_2")):
+    """HAM10000 as on Kaggle: `images` pictures, two of each lesion where it comes out even."""
+    rows = []
+    for number in range(images):
+        code = CLASSES[number // 2 % 7]
+        rows.append((f"HAM_{number // 2:07d}", f"ISIC_{number:07d}", LESIONS[code].dx, "histo", 50.0, "male", "back"))
+        picture(folder / f"HAM10000_{parts[number % 2]}" / f"ISIC_{number:07d}.jpg", number)
+    columns = ["lesion_id", "image_id", "dx", "dx_type", "age", "sex", "localization"]
+    metadata = pd.DataFrame(rows, columns=columns).sample(frac=1, random_state=0)
+    metadata.to_csv(folder / name, index=False, sep=separator)
+    return folder
+
+
+# Split
+
+
+def test_split_is_by_lesion_and_stratified():
+    table = data.split_by_lesion(made_up(lesions=40))
+    assert (table.groupby("lesion_id")["split"].nunique() == 1).all()
+    for _, rows in table.groupby("label"):
+        largest = rows["lesion_id"].value_counts().max()
+        shares = rows["split"].value_counts()
+        for split, fraction in zip(data.SPLITS, data.FRACTIONS, strict=True):
+            assert abs(shares[split] - fraction * len(rows)) <= largest
+
+
+def test_split_depends_on_ids_and_seed_alone():
+    table = made_up()
+    first = data.split_by_lesion(table, seed=3)
+    shuffled = data.split_by_lesion(table.sample(frac=1, random_state=1), seed=3).sort_values("image_id")
+    pd.testing.assert_frame_equal(first, shuffled)
+    assert not first["split"].equals(data.split_by_lesion(table, seed=4)["split"])
+
+
+def test_split_is_the_same_on_every_machine():
+    table = pd.DataFrame({"image_id": list("abcdefgh"), "lesion_id": list("ABCDEFGG"), "label": "NV"})
+    # Order of the lesions' SHA-256 ("0:A" …), worked out with sha256sum: C B G E A D F.
+    expected = ["train", "train", "train", "val", "train", "test", "train", "train"]
+    assert list(data.split_by_lesion(table)["split"]) == expected
+
+
+@pytest.mark.parametrize("lesions", [3, 4, 5])
+def test_every_split_has_each_class_of_three_lesions(lesions):
+    table = data.split_by_lesion(made_up(lesions=lesions))
+    assert (table.groupby(["label", "split"]).size().unstack() > 0).all(axis=None)
+
+
+def test_split_of_one_and_two_lesions_and_of_no_test_share():
+    assert set(data.split_by_lesion(made_up(("DF",), 1))["split"]) == {"train"}
+    assert data.split_by_lesion(made_up(("DF",), 2))["split"].iloc[[0, -1]].nunique() == 2
+    assert set(data.split_by_lesion(made_up(), (0.8, 0.2, 0))["split"]) == {"train", "val"}
+
+
+def test_generated_images_go_to_train():
+    table = made_up().assign(synthetic=lambda frame: frame.index % 2 == 1)
+    table["lesion_id"] = table["image_id"]
+    split = data.split_by_lesion(table)
+    assert set(split.loc[split["synthetic"], "split"]) == {"train"}
+    assert set(split.loc[~split["synthetic"], "split"]) == set(data.SPLITS)
+
+
+def test_split_refuses():
+    table = made_up()
+    with pytest.raises(UserError, match="sum to 1"):
+        data.split_by_lesion(table, (0.7, 0.2, 0.2))
+    lesion = several_images(table)
+    table.loc[table["lesion_id"].eq(lesion).idxmax(), "label"] = "BCC"
+    with pytest.raises(UserError, match=rf"1 lesion.*two classes.*{lesion}"):
+        data.split_by_lesion(table)
+
+
+def test_table_is_checked_when_read_again(tmp_path):
+    table = data.split_by_lesion(made_up())
+    data.save_table(table, tmp_path / "table.csv")
+    assert data.read_table(tmp_path / "table.csv")["split"].equals(table["split"])
+    lesion = several_images(table[table["split"] == "test"])
+    table.loc[table["lesion_id"].eq(lesion).idxmax(), "split"] = "train"
+    table.to_csv(tmp_path / "leaky.csv", index=False)
+    with pytest.raises(UserError, match=rf"two splits.*{lesion}"):
+        data.read_table(tmp_path / "leaky.csv")
+    with pytest.raises(UserError, match="step 00"):
+        data.read_table(tmp_path / "none.csv")
+
+
+# Layouts
+
+
+def test_kaggle(tmp_path):
+    table = data.load_dataset(kaggle(tmp_path / "data"))
+    assert list(table.columns[:4]) == ["image_id", "lesion_id", "label", "path"]
+    assert table["image_id"].is_monotonic_increasing and len(table) == 21
+    assert {"age", "sex", "localization", "dx_type"} <= set(table.columns)
+    for row in table.itertuples():
+        assert os.path.basename(row.path) == f"{row.image_id}.jpg" and os.path.exists(row.path)
+        assert row.label == CLASSES[int(row.image_id[5:]) // 2 % 7]
+
+
+def test_kaggle_mount_deeper_and_images_twice(tmp_path):
+    folder = kaggle(tmp_path / "input" / "kmader" / "ham")
+    shutil.copytree(folder / "HAM10000_images_part_1", folder / "ham10000_images_part_1")
+    assert len(data.load_dataset(tmp_path / "input")) == 21
+
+
+@pytest.mark.parametrize(("name", "separator"), [("HAM10000_metadata", ","), ("HAM10000_metadata.tab", "\t")])
+def test_dataverse(tmp_path, name, separator):
+    folder = kaggle(tmp_path / "data", name=name, separator=separator)
+    metadata = pd.read_csv(folder / name, sep=separator).assign(dataset="vidir_modern")
+    metadata.to_csv(folder / name, index=False, sep=separator)
+    table = data.load_dataset(folder)
+    assert len(table) == 21 and set(table["dataset"]) == {"vidir_modern"}
+
+
+@pytest.mark.parametrize("groupings", [True, False])
+def test_isic(tmp_path, groupings):
+    rng = np.random.default_rng(0)
+    ids = [f"ISIC_{number:07d}" for number in range(14)]
+    order = list(rng.permutation(CLASSES))
+    frame = pd.DataFrame([[each] + [float(code == CLASSES[i % 7]) for code in order] for i, each in enumerate(ids)])
+    frame.columns = ["image", *order]
+    truth = tmp_path / "ISIC2018_Task3_Training_GroundTruth"
+    truth.mkdir()
+    frame.to_csv(truth / "ISIC2018_Task3_Training_GroundTruth.csv", index=False)
+    for number, each in enumerate(ids):
+        picture(tmp_path / "ISIC2018_Task3_Training_Input" / f"{each}.jpg", number)
+    if groupings:
+        lesions = pd.DataFrame({"image": ids, "lesion_id": [f"HAM_{i % 7}" for i in range(14)]})
+        lesions["diagnosis_confirm_type"] = "histopathology"
+        lesions.to_csv(tmp_path / "ISIC2018_Task3_Training_LesionGroupings.csv", index=False)
+    table = data.load_dataset(tmp_path)
+    assert list(table["label"]) == [CLASSES[i % 7] for i in range(14)]
+    assert table["lesion_id"].nunique() == (7 if groupings else 14)
+    assert ("dx_type" in table) == groupings
+
+
+def prior_set(folder, order, wrong_header=False):
+    rows = []
+    for number, code in enumerate(CLASSES):
+        for kind in "RF":
+            name = f"{code}_0001_{kind}.jpg"
+            picture(folder / "Synthetic_Dataset" / "Synthetic_Dataset" / name, 2 * number + (kind == "F"))
+            rows.append([name, *(int(code == each) for each in order)])
+    header = sorted(order) if wrong_header else order
+    pd.DataFrame(rows, columns=["filename", *header]).to_csv(folder / "synthetic_dataset_labels.csv", index=False)
+    return folder
+
+
+@pytest.mark.parametrize("order", [CLASSES, ("NV", "MEL", "BKL", "BCC", "AKIEC", "VASC", "DF")])
+def test_prior_set_in_any_order_of_columns(tmp_path, order):
+    table = data.load_dataset(prior_set(tmp_path, list(order)))
+    assert list(table["label"]) == [each.split("_")[0] for each in table["image_id"]]
+    assert list(table["synthetic"]) == [each.endswith("_F") for each in table["image_id"]]
+
+
+def test_prior_set_with_a_wrong_header_is_refused(tmp_path):
+    """The prior system's mistake: labels in one order, read in another."""
+    order = ["NV", "MEL", "BKL", "BCC", "AKIEC", "VASC", "DF"]
+    with pytest.raises(UserError, match="AKIEC in a file named NV"):
+        data.load_dataset(prior_set(tmp_path, order, wrong_header=True))
+
+
+def test_dermamnist(tmp_path):
+    rng = np.random.default_rng(0)
+    arrays = {}
+    for part, count in (("train", 14), ("val", 7), ("test", 7)):
+        arrays[f"{part}_images"] = rng.integers(0, 256, (count, 28, 28, 3), dtype=np.uint8)
+        arrays[f"{part}_labels"] = np.arange(count)[:, None] % 7
+    np.savez(tmp_path / "dermamnist.npz", **arrays)
+    for source in (tmp_path, tmp_path / "dermamnist.npz"):
+        table = data.load_dataset(source)
+        assert list(table["label"]) == [*CLASSES] * 4
+        cached = data.image_cache(table, 28)
+        expected = np.concatenate([arrays[f"{part}_images"] for part in ("train", "val", "test")])
+        np.testing.assert_array_equal(cached, expected)
+
+
+def test_folder_per_class(tmp_path):
+    for number, code in enumerate(CLASSES):
+        picture(tmp_path / "top" / (code if number % 2 else code.lower()) / "0001.png", number)
+        picture(tmp_path / "top" / (code if number % 2 else code.lower()) / "0002.jpg", 50)  # the same in each class
+    table = data.load_dataset(tmp_path)
+    assert sorted(table["label"]) == sorted([*CLASSES] * 2) and table["image_id"].is_unique
+    with pytest.raises(UserError, match="two classes"):
+        data.split_by_lesion(table)
+    picture(tmp_path / "top" / "SCC" / "0001.jpg", 99)
+    with pytest.raises(UserError, match=r"1 unknown label SCC \(SCC/0001\)"):
+        data.load_dataset(tmp_path)
+
+
+def test_phantom_is_drawn_once(cache, monkeypatch):
+    table = data.load_dataset("phantom", phantom=(140, 32, 5))
+    assert len(table) == 140 and set(table["label"]) == set(CLASSES)
+    monkeypatch.setattr(data.phantom_images, "write_dataset", None)
+    pd.testing.assert_frame_equal(table, data.load_dataset("phantom", phantom=(140, 32, 5)))
+
+
+def test_real_images(ham10000):
+    table = data.load_dataset(ham10000)
+    expected = {"AKIEC": 183, "BCC": 264, "BKL": 583, "DF": 60, "MEL": 491, "NV": 4323, "VASC": 80}
+    assert table["label"].value_counts().to_dict() == expected
+    split = data.split_by_lesion(table)
+    assert split["split"].value_counts(normalize=True).round(2).to_dict() == {"train": 0.7, "val": 0.15, "test": 0.15}
+
+
+# What is wrong with a dataset
+
+
+def test_one_error_names_everything_and_skip_lists_it(tmp_path):
+    folder = kaggle(tmp_path / "data")
+    metadata = pd.read_csv(folder / "HAM10000_metadata.csv").sort_values("image_id", ignore_index=True)
+    metadata.loc[0, "dx"] = "scc"
+    metadata = pd.concat([metadata, metadata.iloc[[2]], metadata.iloc[[4]].assign(dx="nv")])
+    metadata.to_csv(folder / "HAM10000_metadata.csv", index=False)
+    images = {path.stem[-2:]: path for path in folder.rglob("*.jpg")}
+    images["06"].unlink()
+    images["07"].write_bytes(images["07"].read_bytes()[:-60])
+    images["08"].write_bytes(b"")
+
+    with pytest.raises(UserError) as error:
+        data.load_dataset(folder)
+    message = str(error.value)
+    for part in ("7 image(s)", "1 missing (ISIC_0000006)", "2 unreadable (ISIC_0000007, ISIC_0000008)"):
+        assert part in message
+    assert "3 duplicate id" in message and "1 unknown label scc (ISIC_0000000)" in message
+
+    with pytest.warns(UserWarning, match="7 image"):
+        table = data.load_dataset(folder, on_bad="skip", bad_csv=tmp_path / "bad.csv")
+    # 2 stands twice with one label: kept once; 4 stands twice with two labels: nobody knows which.
+    dropped = {0, 4, 6, 7, 8}
+    assert set(table["image_id"]) == {f"ISIC_{number:07d}" for number in range(21) if number not in dropped}
+    bad = pd.read_csv(tmp_path / "bad.csv")
+    assert len(bad) == 7 and list(bad.columns) == ["image_id", "label", "path", "problem"]
+
+    report = data.check(folder)
+    for part in ("bad images: 7", "1 missing", "2 unreadable", "3 duplicate id", "lesions with several images: "):
+        assert part in report
+
+
+def test_check_counts_what_would_leak(tmp_path):
+    folder = kaggle(tmp_path / "data", images=28)
+    images = sorted(folder.rglob("*.jpg"))
+    shutil.copy(images[0], images[1])
+    report = data.check(folder)
+    # 14 pairs; a pair stays together with chance 0.7² + 0.15² + 0.15² = 0.535
+    assert f"lesions with several images: 14; a random split by image would put about {14 * 0.465:.0f} " in report
+    assert f"identical files: 1 group(s) ({images[0].stem} = {images[1].stem})" in report
+    line = next(line for line in report.splitlines() if line.startswith("MEL"))
+    assert line.split()[1:3] == ["2", "4"]
+
+
+@pytest.mark.parametrize("column", ["dx", "lesion_id", "image_id"])
+def test_metadata_without_a_column(tmp_path, column):
+    folder = kaggle(tmp_path / "data")
+    pd.read_csv(folder / "HAM10000_metadata.csv").drop(columns=column).to_csv(folder / "HAM10000_metadata.csv")
+    with pytest.raises(UserError, match=f"no column {column}"):
+        data.load_dataset(folder)
+
+
+def test_folders_that_are_no_dataset(tmp_path):
+    with pytest.raises(UserError, match="There is no folder"):
+        data.load_dataset(tmp_path / "none")
+    with pytest.raises(UserError, match="no dataset that we know"):
+        data.load_dataset(tmp_path)
+    kaggle(tmp_path / "a", images=7)
+    kaggle(tmp_path / "b", images=7)
+    with pytest.raises(UserError, match="more than one dataset"):
+        data.load_dataset(tmp_path)
+    (tmp_path / "a" / "HAM10000_metadata.csv").write_text("")
+    with pytest.raises(UserError, match="not a readable table"):
+        data.load_dataset(tmp_path / "a")
+
+
+# Image cache
+
+
+def test_cache_equals_a_plain_loop_and_notices_a_changed_image(tmp_path):
+    folder = kaggle(tmp_path / "data")
+    table = data.load_dataset(folder).sample(frac=1, random_state=0)
+    cached = data.image_cache(table, 16)
+
+    def plain():
+        images = [Image.open(path).convert("RGB").resize((16, 16), Image.Resampling.BICUBIC) for path in table["path"]]
+        return np.stack([np.asarray(image) for image in images])
+
+    assert cached.dtype == np.uint8 and isinstance(cached, np.memmap) and not cached.flags.writeable
+    np.testing.assert_array_equal(cached, plain())
+    assert data.image_cache(table, 16).filename == cached.filename
+
+    path = table["path"].iloc[3]
+    before = os.stat(path)
+    picture(tmp_path / "other.jpg", 1234)
+    shutil.copy(tmp_path / "other.jpg", path)
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns + 1))
+    changed = data.image_cache(table, 16)
+    assert changed.filename != cached.filename
+    np.testing.assert_array_equal(changed, plain())
+
+
+def test_cache_folder_and_missing_image(tmp_path, cache):
+    table = data.load_dataset(kaggle(tmp_path / "data"))
+    file = data.image_cache(table, 8, folder=tmp_path / "here").filename
+    assert str(file).startswith(str(tmp_path / "here"))
+    assert [path.name for path in (tmp_path / "here").iterdir()] == [os.path.basename(file)]
+    os.unlink(table["path"].iloc[0])
+    with pytest.raises(UserError, match="1 image"):
+        data.image_cache(table, 8)

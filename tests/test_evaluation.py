@@ -1,0 +1,179 @@
+"""Figures against scikit-learn, torchmetrics and hand counts; the post-mortem's numbers against what was published."""
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from sklearn import metrics as sk
+from torchmetrics.functional.classification import multiclass_calibration_error
+
+from stgan_utils import evaluation as ev
+from stgan_utils.files import write_json
+from stgan_utils.lesions import CLASSES, PRIOR_TRAINING_ORDER
+
+# PRIOR system's confusion matrix on the 1,512 real test images, rows true, columns as labelled there.
+PRIOR_MATRIX = [
+    [3, 0, 6, 12, 20, 0, 2],
+    [14, 0, 9, 58, 6, 0, 6],
+    [33, 0, 162, 11, 2, 0, 9],
+    [8, 0, 2, 2, 1, 0, 31],
+    [84, 2, 71, 5, 2, 2, 5],
+    [760, 0, 78, 12, 2, 0, 57],
+    [11, 0, 1, 7, 0, 12, 4],
+]
+
+
+@pytest.fixture(scope="module")
+def answers():
+    """400 images of 250 lesions; answers right more often than not, with ties among the scores."""
+    rng = np.random.default_rng(0)
+    y_true = rng.choice(CLASSES, 400, p=[0.1, 0.1, 0.1, 0.05, 0.15, 0.45, 0.05])
+    logits = rng.normal(size=(400, 7)) + 1.2 * (y_true[:, None] == np.array(CLASSES))
+    proba = np.exp(logits.round(1))
+    proba = pd.DataFrame(proba / proba.sum(1, keepdims=True), columns=CLASSES)
+    return y_true, proba, rng.integers(0, 250, 400)
+
+
+def test_figures_equal_scikit_learn_and_torchmetrics(answers):
+    y_true, proba, lesions = answers
+    result = ev.evaluate(y_true, proba, lesions, bootstrap=0)
+    y_pred = proba.idxmax(axis=1)
+    expected = {
+        "accuracy": sk.accuracy_score(y_true, y_pred),
+        "balanced_accuracy": sk.balanced_accuracy_score(y_true, y_pred),
+        "macro_f1": sk.f1_score(y_true, y_pred, average="macro"),
+        "macro_auc": sk.roc_auc_score(y_true, proba, multi_class="ovr", labels=list(CLASSES)),
+        "ece": multiclass_calibration_error(
+            torch.tensor(proba.to_numpy()), torch.tensor([CLASSES.index(y) for y in y_true]), num_classes=7, n_bins=15
+        ).item(),
+    }
+    for percent in (90, 95):
+        fpr, tpr, _ = sk.roc_curve(y_true == "MEL", proba["MEL"])
+        expected[f"mel_sensitivity_at_{percent}"] = tpr[fpr <= 1 - percent / 100 + 1e-9].max()
+    assert {name: figure["value"] for name, figure in result["metrics"].items()} == pytest.approx(expected, abs=1e-6)
+    recall = sk.recall_score(y_true, y_pred, average=None, labels=list(CLASSES))
+    precision = sk.precision_score(y_true, y_pred, average=None, labels=list(CLASSES))
+    for i, code in enumerate(CLASSES):
+        figures = result["per_class"][code]
+        assert figures["images"] == (y_true == code).sum()
+        assert figures["recall"]["value"] == pytest.approx(recall[i])
+        assert figures["precision"]["value"] == pytest.approx(precision[i])
+        assert figures["auc"]["value"] == pytest.approx(sk.roc_auc_score(y_true == code, proba[code]))
+    assert result["confusion_matrix"] == sk.confusion_matrix(y_true, y_pred, labels=list(CLASSES)).tolist()
+    assert (result["images"], result["lesions"]) == (400, len(set(lesions)))
+
+
+def test_balanced_accuracy_by_hand():
+    # NV: 3 of 4, MEL: 1 of 2, no other class: (0.75 + 0.5) / 2; plain accuracy would be 4 of 6.
+    y_true = ["NV", "NV", "NV", "NV", "MEL", "MEL"]
+    y_pred = ["NV", "NV", "NV", "DF", "MEL", "NV"]
+    proba = pd.DataFrame([[float(code == pred) for code in CLASSES] for pred in y_pred], columns=CLASSES)
+    assert ev.balanced_accuracy(y_true, proba) == pytest.approx(0.625)
+    result = ev.evaluate(y_true, proba, bootstrap=20)
+    assert result["metrics"]["accuracy"]["value"] == pytest.approx(4 / 6)
+    assert result["per_class"]["VASC"]["recall"] == {"value": None, "low": None, "high": None}
+    assert result["trivial"] == {
+        "always": "NV",
+        "accuracy": pytest.approx(4 / 6),
+        "balanced_accuracy": 0.5,
+        "macro_f1": pytest.approx(sk.f1_score(y_true, ["NV"] * 6, average="macro")),
+    }
+
+
+def test_columns_are_read_by_name(answers):
+    y_true, proba, lesions = answers
+    shuffled = proba[list(PRIOR_TRAINING_ORDER)]
+    assert ev.evaluate(y_true, shuffled, lesions, 10) == ev.evaluate(y_true, proba, lesions, 10)
+    with pytest.raises(ValueError, match="columns"):
+        ev.evaluate(y_true, proba.rename(columns={"NV": "nevus"}))
+    with pytest.raises(ValueError, match="400 rows"):
+        ev.evaluate(y_true[:-1], proba)
+
+
+def test_intervals_hold_the_value_repeat_and_write_as_json(answers, tmp_path):
+    result = ev.evaluate(*answers, bootstrap=300)
+    figures = [*result["metrics"].values()]
+    figures += [f[name] for f in result["per_class"].values() for name in ("recall", "precision", "auc")]
+    for figure in figures:
+        assert figure["low"] <= figure["value"] <= figure["high"]
+        assert figure["low"] < figure["high"]
+    assert result == ev.evaluate(*answers, bootstrap=300)
+    write_json(tmp_path / "result.json", result)  # refuses NaN
+
+
+def test_interval_is_that_of_a_plain_bootstrap_over_lesions(answers):
+    y_true, proba, lesions = answers
+    hit = (proba.idxmax(axis=1) == y_true).to_numpy()
+    rng = np.random.default_rng(1)
+    rows = [np.flatnonzero(lesions == lesion) for lesion in np.unique(lesions)]
+    drawn = [hit[np.concatenate([rows[i] for i in rng.integers(0, len(rows), len(rows))])].mean() for _ in range(2000)]
+    figure = ev.evaluate(y_true, proba, lesions, bootstrap=2000)["metrics"]["accuracy"]
+    assert (figure["low"], figure["high"]) == pytest.approx(np.percentile(drawn, [2.5, 97.5]), abs=0.006)
+    # Ten pictures of each lesion are no more evidence than one.
+    many = ev.evaluate(np.repeat(y_true, 10), proba.loc[proba.index.repeat(10)], np.repeat(lesions, 10), 500)
+    assert many["metrics"]["accuracy"]["low"] == pytest.approx(figure["low"], abs=0.01)
+
+
+def test_reliability_curve_adds_up_to_the_ece(answers):
+    y_true, proba, _ = answers
+    curve = ev.reliability_curve(y_true, proba)
+    assert curve["images"].sum() == 400
+    ece = ((curve["accuracy"] - curve["confidence"]).abs() * curve["images"]).sum() / 400
+    assert ece == pytest.approx(ev.evaluate(y_true, proba, bootstrap=0)["metrics"]["ece"]["value"])
+
+
+def test_subgroups_partition_the_images(answers):
+    y_true, proba, lesions = answers
+    rng = np.random.default_rng(2)
+    age = pd.Series(rng.choice([0, 29, 30, 74, 75, np.nan], 400))
+    table = pd.DataFrame({"lesion_id": lesions, "age": age, "sex": rng.choice(["female", "male"], 400)})
+    by_age = ev.by_subgroup(table, y_true, proba, "age", bootstrap=20).set_index("group")
+    assert by_age["images"].to_dict() == {
+        "0–29": (age < 30).sum(),
+        "30–44": (age == 30).sum(),
+        "60–74": (age == 74).sum(),
+        "75+": (age == 75).sum(),
+        "unknown": age.isna().sum(),
+    }
+    by_sex = ev.by_subgroup(table, y_true, proba, "sex", bootstrap=20).set_index("group")
+    men = (table["sex"] == "male").to_numpy()
+    expected = sk.balanced_accuracy_score(y_true[men], proba.idxmax(axis=1)[men])
+    assert by_sex.loc["male", "balanced_accuracy"] == pytest.approx(expected)
+
+
+def test_post_mortem_of_the_prior_system():
+    matrix = np.array(PRIOR_MATRIX)
+    assert matrix.sum() == 1512
+    assert np.trace(matrix) == 173
+    assert np.trace(matrix) / 1512 == pytest.approx(0.1144, abs=5e-5)
+    right = ev.relabel_columns(matrix, CLASSES, PRIOR_TRAINING_ORDER)
+    assert list(right.columns) == list(right.index) == list(CLASSES)
+    assert np.trace(right) == 1045
+    best = ev.best_permutation(matrix)
+    assert best["order"] == PRIOR_TRAINING_ORDER
+    assert best["accuracy"] == pytest.approx(0.691, abs=5e-4)
+    assert best["balanced_accuracy"] == pytest.approx(0.533, abs=5e-4)
+    scores = ev.permutation_scores(matrix)
+    assert len(set(scores["order"])) == 5040
+    assert scores["balanced_accuracy"].max() == best["balanced_accuracy"]
+    assert scores.set_index("order").loc[[CLASSES], "accuracy"].item() == pytest.approx(173 / 1512)
+
+
+def test_paired_difference_is_narrower_than_two_intervals_and_exact_on_a_known_case():
+    rng = np.random.default_rng(0)
+    truth = rng.choice(CLASSES, 600)
+    good = pd.DataFrame(rng.dirichlet(np.ones(7), 600), columns=list(CLASSES))
+    # The other arm answers the same, but for the first 60 images, which the first arm gets right.
+    for row in range(60):
+        good.loc[row] = 0.0
+        good.loc[row, truth[row]] = 1.0
+    other = good.copy()
+    other.loc[:59] = good.loc[:59, list(CLASSES)].to_numpy()[:, [1, 2, 3, 4, 5, 6, 0]]
+    found = ev.paired_difference(truth, good, other)
+    expected = ev.balanced_accuracy(truth, good) - ev.balanced_accuracy(truth, other)
+    assert found["value"] == pytest.approx(expected)
+    assert 0 < found["low"] < expected < found["high"]
+    alone = ev.evaluate(truth, good)["metrics"]["balanced_accuracy"]
+    assert found["high"] - found["low"] < alone["high"] - alone["low"]
+    same = ev.paired_difference(truth, good, good[list(reversed(CLASSES))])
+    assert same == {"value": 0.0, "low": 0.0, "high": 0.0}

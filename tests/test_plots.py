@@ -1,0 +1,57 @@
+"""Figures show the numbers they are given, and stand what real runs bring: few images, figures without a value."""
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from stgan_utils import plots
+from stgan_utils.lesions import CLASSES, LESIONS
+
+UNKNOWN = {"value": None, "low": None, "high": None}
+
+
+def test_class_counts_has_a_bar_of_the_class_colour_for_each_class_and_split():
+    labels = ["MEL"] * 5 + ["NV"] * 30
+    table = pd.DataFrame({"label": labels, "split": ["train"] * 33 + ["test"] * 2})
+    ax = plots.class_counts(table).axes[0]
+    heights = [[bar.get_height() for bar in bars] for bars in ax.containers]
+    assert heights == [[0, 0, 0, 0, 5, 28, 0], [0, 0, 0, 0, 0, 2, 0]]
+    red, green, blue, _ = ax.containers[0][CLASSES.index("MEL")].get_facecolor()
+    assert [round(255 * part) for part in (red, green, blue)] == list(bytes.fromhex(LESIONS["MEL"].colour[1:]))
+    assert "n = 35" in ax.get_title()
+
+
+def test_confusion_shows_counts_and_colours_by_row():
+    matrix = np.zeros((7, 7), int)
+    matrix[0, 0], matrix[0, 1], matrix[5, 5] = 1, 3, 1200
+    ax = plots.confusion(matrix, CLASSES).axes[0]
+    shown = [text.get_text() for text in ax.texts]
+    assert (shown[0], shown[1], shown[5 * 7 + 5], shown[-1]) == ("1", "3", "1,200", "0")
+    share = ax.collections[0].get_array().reshape(7, 7)
+    assert (share[0, 0], share[0, 1], share[5, 5], share[3].sum()) == (0.25, 0.75, 1, 0)
+
+
+def test_figures_without_a_value_are_left_out_and_the_others_keep_their_place(tmp_path):
+    known = {"value": 0.5, "low": 0.25, "high": 0.75}
+    metrics = {name: known for name in plots.METRICS} | {"macro_auc": UNKNOWN}
+    fig = plots.metric_intervals({"real": metrics, "both": metrics})
+    fig.savefig(tmp_path / "a.png")
+    assert np.isnan(fig.axes[0].lines[0].get_xdata()).tolist() == [name == "macro_auc" for name in plots.METRICS]
+    per_class = {code: {"images": 3, "recall": UNKNOWN if code == "DF" else known} for code in CLASSES}
+    plots.recall_per_class({"real": per_class}).savefig(tmp_path / "b.png")
+
+
+def test_best_kid_is_the_lowest():
+    history = pd.DataFrame({"iteration": [0, 50, 100], "kid": [0.3, 0.1, 0.2]})
+    history = history.assign(kid_low=history["kid"] - 0.01, kid_high=history["kid"] + 0.01)
+    legend = plots.kid_history(history).axes[0].get_legend()
+    assert "best: 0.1 at iteration 50" in [text.get_text() for text in legend.get_texts()]
+
+
+@pytest.mark.parametrize("count", [1, 3, 9])
+def test_few_images_make_a_figure_too(count, tmp_path):
+    images = np.zeros((count, 8, 8, 3), np.uint8)
+    plots.image_grid(images, title="x").savefig(tmp_path / "grid.png")
+    plots.real_above_generated(images, images[:1], "x").savefig(tmp_path / "above.png")
+    fig = plots.pairs(images, images, ["a"] * count)
+    assert len([ax for part in fig.subfigs for ax in part.axes]) == 2 * count

@@ -1,0 +1,101 @@
+"""The run folder: who may write where, and what a result holds."""
+
+import math
+from dataclasses import replace
+
+import numpy as np
+import pandas as pd
+import pytest
+from matplotlib.figure import Figure
+
+from stgan_utils import files, runs
+from stgan_utils.config import Stage1Settings, UserError, resolve
+
+SETTINGS = Stage1Settings(iterations=7)
+
+
+@pytest.fixture
+def run_dir(tmp_path):
+    """A run folder whose step 00 is done, on the embedded dataset."""
+    step = runs.open_step(runs.START, resolve("data", "smoke"), "phantom", tmp_path, "smoke")
+    step.finish({}, "")
+    return tmp_path
+
+
+def open_stage1(run_dir, settings=SETTINGS, data="phantom"):
+    return runs.open_step("02", settings, data, run_dir, "smoke", needs=(runs.START,))
+
+
+def test_fingerprint_ignores_order_and_time_budget_and_nothing_else():
+    base = runs.fingerprint("02", SETTINGS, "phantom", {"00": "a", "01": "b"})
+    assert base == runs.fingerprint("02", replace(SETTINGS, max_minutes=3), "phantom", {"01": "b", "00": "a"})
+    others = [
+        ("03", SETTINGS, "phantom", {"00": "a", "01": "b"}),
+        ("02", replace(SETTINGS, nz=255), "phantom", {"00": "a", "01": "b"}),
+        ("02", SETTINGS, "/data", {"00": "a", "01": "b"}),
+        ("02", SETTINGS, "phantom", {"00": "a", "01": "c"}),
+    ]
+    assert base not in {runs.fingerprint(*other) for other in others}
+
+
+def test_result_holds_what_was_collected(run_dir, capsys):
+    step = open_stage1(run_dir)
+    first_line = capsys.readouterr().out
+    assert all(word in first_line for word in ("02", "phantom", str(step.folder)))
+
+    figure = Figure()
+    figure.subplots().plot([1, 2])
+    step.figure(figure, "curve", "a line")
+    step.table(pd.DataFrame({"n": [1, np.nan]}, index=pd.Index(["a", "b"], name="class")), "counts")
+    (step.folder / "model.bin").write_bytes(b"abc")
+    step.model(step.folder / "model.bin")
+    step.finish({"kid": np.float32(0.5), "none": math.nan, "list": np.array([1, 2]), "deep": {"x": [math.inf]}}, "fine")
+
+    stored = files.read_json(step.folder / "result.json")
+    assert stored["numbers"] == {"kid": 0.5, "none": None, "list": [1, 2], "deep": {"x": [None]}}
+    assert stored["figures"] == [{"file": "figures/curve.png", "caption": "a line"}]
+    assert (step.folder / "figures" / "curve.png").exists()
+    assert stored["tables"] == [{"title": "counts", "columns": ["class", "n"], "rows": [["a", 1.0], ["b", None]]}]
+    assert stored["models"][0] == {
+        "file": "model.bin",
+        "sha256": "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad",
+    }
+    assert stored["settings"]["iterations"] == 7
+    assert stored["data_name"] == runs.PHANTOM_NAME
+    assert open_stage1(run_dir).earlier(runs.START)["step"] == runs.START
+
+
+def test_done_only_with_the_same_settings_data_and_inputs(run_dir):
+    assert not runs.is_done(run_dir, "02", SETTINGS, "phantom")
+    open_stage1(run_dir).finish({}, "")
+    assert runs.is_done(run_dir, "02", SETTINGS, "phantom")
+    assert runs.is_done(run_dir, "02", replace(SETTINGS, max_minutes=1), "phantom")
+    assert not runs.is_done(run_dir, "02", replace(SETTINGS, seed=1), "phantom")
+    assert not runs.is_done(run_dir, "02", SETTINGS, "/data")
+    start = files.read_json(run_dir / runs.START / "result.json")
+    files.write_json(run_dir / runs.START / "result.json", start | {"fingerprint": "0" * 16})
+    assert not runs.is_done(run_dir, "02", SETTINGS, "phantom")
+
+
+def test_a_half_made_step_is_taken_up_with_its_settings_and_refused_with_others(run_dir):
+    step = open_stage1(run_dir)
+    open_stage1(run_dir, replace(SETTINGS, seed=1))  # nothing made yet: nothing to protect
+    open_stage1(run_dir)
+    (step.folder / "checkpoint").touch()
+    open_stage1(run_dir, replace(SETTINGS, max_minutes=5))
+    with pytest.raises(UserError, match=r"iterations 7 there, 8 asked for.*--out.*--force") as refused:
+        open_stage1(run_dir, replace(SETTINGS, iterations=8))
+    assert "seed" not in str(refused.value)
+    start = files.read_json(run_dir / runs.START / "result.json")
+    files.write_json(run_dir / runs.START / "result.json", start | {"fingerprint": "0" * 16})
+    with pytest.raises(UserError, match=f"{runs.START} was made anew"):
+        open_stage1(run_dir)
+
+
+def test_missing_step_and_other_data_are_named(run_dir, tmp_path):
+    with pytest.raises(UserError, match=r"01_baseline has not been run in .*notebooks/01_baseline\.ipynb first"):
+        runs.open_step("05", SETTINGS, "phantom", run_dir, "smoke", needs=(runs.START, "01_baseline"))
+    with pytest.raises(UserError, match=r"There is no .*nowhere: give data"):
+        open_stage1(run_dir, data=tmp_path / "nowhere")
+    with pytest.raises(UserError, match="was made from phantom, not from"):
+        open_stage1(run_dir, data=tmp_path)
