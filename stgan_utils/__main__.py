@@ -68,6 +68,8 @@ def predict(
     for name, reason in unreadable:
         print(f"no row for {name}: {reason}", file=sys.stderr)
     print(f"{written:,} rows: {out}. Not a medical device: these are no diagnoses.", file=sys.stderr)
+    if unreadable:
+        raise typer.Exit(3)
 
 
 @app.command()
@@ -81,12 +83,9 @@ def dedup(
     """Find near-copies in a folder by pHash, then wHash."""
     from stgan_utils import files
     from stgan_utils.dedup import deduplicate
-    from stgan_utils.layouts import IMAGE_SUFFIXES
+    from stgan_utils.generation import list_images
 
-    paths = [str(path) for path in images.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES]
-    if not paths:
-        raise UserError(f"There is no image in {images} ({', '.join(IMAGE_SUFFIXES)}).")
-    table = deduplicate(paths, phash, whash, jobs)
+    table = deduplicate(list_images(images)["path"], phash, whash, jobs)
     with files.atomic_path(out) as temporary:
         table.to_csv(temporary, index=False)
     print(f"{table['kept'].sum():,} of {len(table):,} images kept: {out}")

@@ -8,6 +8,7 @@ from dataclasses import dataclass, fields
 
 SIZES = (64, 128, 256, 512)
 PERCEPTUAL = ("vgg", "squeeze", "mobilenet", "l1")
+AUGMENTATIONS = ("color", "translation")
 
 
 class UserError(Exception):
@@ -64,6 +65,10 @@ class Stage1Settings:
         _require(self.perceptual in PERCEPTUAL, f"perceptual is {self.perceptual!r}, it must be one of {PERCEPTUAL}.")
         _require(self.ngf % 8 == 0 and self.ngf > 0, f"ngf is {self.ngf}, it must be a multiple of 8.")
         _require(self.batch_size >= 2, f"batch_size is {self.batch_size}, it must be at least 2.")
+        _require(self.seed >= 0, f"seed is {self.seed}, it must not be negative.")
+        _require(0 < self.learning_rate < 1, f"learning_rate is {self.learning_rate}, it must be in (0, 1).")
+        for name in filter(None, self.augment.split(",")):
+            _require(name in AUGMENTATIONS, f"augment names {name!r}; there are {', '.join(AUGMENTATIONS)}.")
         _require(0 <= self.ema_decay < 1, f"ema_decay is {self.ema_decay}, it must be in [0, 1).")
         for name in ("iterations", "checkpoint_every", "sample_every", "evaluate_every", "quality_images", "nz"):
             _require(getattr(self, name) > 0, f"{name} is {getattr(self, name)}, it must be above 0.")
@@ -210,11 +215,11 @@ PROFILES = {
     },
     # Real images on a laptop, an evening.
     "real-cpu": {
-        "baseline": {"size": 96, "epochs": 8},
-        "classifier": {"size": 96, "epochs": 8},
+        "baseline": {"size": 96, "epochs": 6},
+        "classifier": {"size": 96, "epochs": 6},
         "stage1": {
             "ngf": 16,
-            "iterations": 3000,
+            "iterations": 2000,
             "perceptual": "mobilenet",
             "checkpoint_every": 250,
             "sample_every": 250,
@@ -222,7 +227,7 @@ PROFILES = {
         },
         "stage2": {
             "ngf": 16,
-            "iterations": 300,
+            "iterations": 200,
             "learning_rate": 1e-4,
             "perceptual": "mobilenet",
             "checkpoint_every": 50,
@@ -293,6 +298,6 @@ def _cast(name, value, field):
         cast = kind(value)
         if kind is int and float(value) != cast:
             raise ValueError
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):  # the last: infinity as a whole number
         raise UserError(f"{name} is {value!r}, it must be {'a whole number' if kind is int else 'a number'}.") from None
     return cast

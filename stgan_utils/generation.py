@@ -10,9 +10,9 @@ from PIL import Image
 from stgan_utils import device as devices
 from stgan_utils.config import UserError
 from stgan_utils.files import atomic_path
+from stgan_utils.layouts import IMAGE_SUFFIXES
 
 BATCH = 64
-IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff")
 
 
 def latents(generator, seed, indices):

@@ -1,7 +1,5 @@
 """The losses: hinge with soft margin, perceptual distance, Barlow Twins. Each is a pure function of tensors."""
 
-from urllib.error import URLError
-
 import torch
 from torch import nn
 from torch.nn import functional as F
@@ -105,7 +103,7 @@ class Lpips(nn.Module):
 
         try:
             self.distance = lpips.LPIPS(net=net, verbose=False)
-        except (URLError, OSError) as error:
+        except (OSError, RuntimeError) as error:  # no network; a download with another hash
             file = {"vgg": "vgg16-397923af.pth", "squeeze": "squeezenet1_1-b8a52dc0.pth"}[net]
             raise UserError(
                 f"The perceptual distance '{net}' needs torchvision's {file}, which could not be downloaded: put it "

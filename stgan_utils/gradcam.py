@@ -1,0 +1,41 @@
+"""Where in the image a classifier found its answer: Grad-CAM (R. R. Selvaraju et al., ICCV 2017, arXiv:1610.02391)."""
+
+import numpy as np
+import torch
+from torch.nn import functional as F
+
+
+def grad_cam(model, images, codes):
+    """One map an image: how much each place spoke *for* one class, 0 (nothing or against it) to 1 (most of this image).
+
+    The last feature maps, each weighted by the mean gradient of the class's logit (eq. 1), summed, the negative cut off
+    (eq. 2), enlarged to the image. They have a cell for 32 pixels: 7 × 7 at 224 px, 3 × 3 at 96 px, no finer.
+
+    Args:
+        model: `Classifier`, as trained or `fused()`; it does the scaling.
+        images: uint8 (N, S, S, 3), a few: they go through at once.
+        codes: N class codes, what each image is asked about.
+
+    Returns:
+        float32 (N, S, S) in [0, 1]; all 0 where nothing speaks for the class.
+    """
+    model.eval()
+    kept = []
+
+    def keep(module, inputs, output):
+        # Cut off from what is below: the gradient is wanted here and no deeper.
+        kept.append(output.detach().requires_grad_())
+        return kept[-1]
+
+    handle = model.features.register_forward_hook(keep)
+    try:
+        logits = model(torch.from_numpy(np.asarray(images)).to(model.mean.device))
+    finally:
+        handle.remove()
+    columns = torch.tensor([model.classes.index(code) for code in codes], device=logits.device)
+    asked = logits.gather(1, columns[:, None]).sum()  # an image's logit depends on its own maps alone
+    (gradient,) = torch.autograd.grad(asked, kept[0])
+    weights = gradient.mean((2, 3), keepdim=True)
+    maps = F.relu((weights * kept[0].detach()).sum(1, keepdim=True))
+    maps = F.interpolate(maps, size=images.shape[1:3], mode="bilinear", align_corners=False)[:, 0]
+    return (maps / maps.amax((1, 2), keepdim=True).clamp_min(1e-12)).cpu().numpy()

@@ -1,0 +1,99 @@
+"""The notebooks as files: their anatomy, their parameters, and that they are committed without outputs."""
+
+import ast
+import re
+from dataclasses import fields
+
+import nbformat
+import pytest
+from conftest import ROOT
+
+from stgan_utils import pipeline
+from stgan_utils.config import SETTINGS
+
+PATHS = sorted((ROOT / "notebooks").glob("*.ipynb"))
+STEPS = {step.name: step for step in pipeline.STEPS}
+
+
+@pytest.fixture(params=PATHS, ids=lambda path: path.stem)
+def notebook(request):
+    nb = nbformat.read(request.param, as_version=4)
+    nbformat.validate(nb)
+    nb.path = request.param
+    return nb
+
+
+def code_cells(nb):
+    return [cell for cell in nb.cells if cell.cell_type == "code"]
+
+
+def prose(nb):
+    return "\n".join(cell.source for cell in nb.cells if cell.cell_type == "markdown")
+
+
+def parameters(nb):
+    """{name: default} of the one tagged cell."""
+    (cell,) = [cell for cell in code_cells(nb) if "parameters" in cell.metadata.get("tags", [])]
+    # Flat literals, one a line: what papermill can read and a reader can change.
+    return {
+        statement.targets[0].id: ast.literal_eval(statement.value)
+        for statement in ast.parse(cell.source).body
+        if isinstance(statement, ast.Assign)
+    }
+
+
+def test_every_step_has_its_notebook_and_every_notebook_its_step():
+    names = {path.stem for path in PATHS if not path.stem.endswith(".template")}
+    assert names == set(STEPS)
+
+
+def test_committed_without_outputs(notebook):
+    assert all(cell.outputs == [] and cell.execution_count is None for cell in code_cells(notebook))
+
+
+def test_opens_with_its_question_and_ends_with_what_was_learnt(notebook):
+    headings = re.findall(r"^# (.+)$", prose(notebook), re.MULTILINE)
+    assert len(headings) == 1
+    assert headings[0].startswith(notebook.path.stem[:2])
+    first, last = notebook.cells[0].source, notebook.cells[-1].source
+    assert "**Question:**" in first and "**In short:**" in first
+    assert "## What we learnt" in last and "**Exercises.**" in last
+    assert notebook.path.stem.startswith("07") or "**Next:**" in last
+
+
+def test_links_lead_somewhere(notebook):
+    for target in re.findall(r"\]\(([^)#]+)\)", prose(notebook)):
+        assert (notebook.path.parent / target).exists(), target
+
+
+def test_parameters_are_those_of_the_settings(notebook):
+    step = STEPS[notebook.path.stem.replace(".template", "_DF")]
+    given = parameters(notebook)
+    assert set(given) == {"data", "run_dir", "profile"} | {field.name for field in fields(SETTINGS[step.kind])}
+    assert given["data"] == "phantom" and given["profile"] == "demo"
+    # Defaults of settings are the profile's, so that they stand once.
+    own = set(given) - {"data", "run_dir", "profile", "lesion"}
+    assert all(given[name] is None for name in own)
+
+
+def test_opens_its_own_step_with_what_the_pipeline_says_it_needs(notebook):
+    source = "\n".join(cell.source for cell in code_cells(notebook))
+    step = STEPS[notebook.path.stem.replace(".template", "_DF")]
+    opened = re.search(r'runs\.open_step\(f?"([^"]+)"', source).group(1).replace("{lesion}", "DF")
+    assert step.name == opened.replace("03_stage2_DF", step.name)
+    written = set(re.findall(r'"(0\d_[a-z0-9_]+?)"', source)) - {opened}
+    missing = {name for name in step.needs if not name.startswith("03")} - written
+    assert not missing or "pipeline.STEPS" in source
+
+
+def test_setup_is_the_same_everywhere_and_first(notebook):
+    reference = code_cells(nbformat.read(PATHS[0], as_version=4))[0].source
+    assert code_cells(notebook)[0].source == reference
+
+
+def test_logic_lives_in_the_package(notebook):
+    for cell in code_cells(notebook):
+        tree = ast.parse(cell.source)
+        assert not any(isinstance(node, ast.FunctionDef | ast.ClassDef) for node in ast.walk(tree))
+        assert len(cell.source.splitlines()) <= 40
+        assert not re.search(r"/content|/kaggle|!pip|%pip", cell.source)
