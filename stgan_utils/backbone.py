@@ -6,6 +6,7 @@ place: the prior system trained on [-1, 1] and scored on [0, 1], and nothing com
 
 import functools
 import os
+import re
 import socket
 from pathlib import Path
 from typing import NamedTuple
@@ -62,7 +63,7 @@ def pretrained_source():
     named = os.environ.get(VARIABLE)
     if named and not Path(named).is_file():
         raise UserError(f"{VARIABLE} names {named}, which is no file; correct or unset the variable.")
-    path = Path(named) if named else SHARED_FILE if SHARED_FILE.is_file() else _torchvision_file()
+    path = Path(named) if named else SHARED_FILE if SHARED_FILE.is_file() else hub_file(_URL)
     if path is None:
         return None
     digest = sha256(path)
@@ -110,15 +111,20 @@ def load_backbone(pretrained="auto", required=False):
 
 
 @functools.cache  # a machine without network is asked once, not at every call
-def _torchvision_file():
-    path = Path(torch.hub.get_dir()) / "checkpoints" / Path(_URL).name
+def hub_file(url):
+    """The file of a torchvision-style URL (its hash is in its name) in torch's cache.
+
+    Downloaded where it is not there, with a short wait for an answer; None where it cannot be had.
+    """
+    path = Path(torch.hub.get_dir()) / "checkpoints" / Path(url).name
     if path.is_file():
         return path
     before = socket.getdefaulttimeout()
     socket.setdefaulttimeout(5)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        torch.hub.download_url_to_file(_URL, str(path), hash_prefix="b0353104", progress=False)
+        digest = re.search(r"-([0-9a-f]{8,})\.", path.name)
+        torch.hub.download_url_to_file(url, str(path), hash_prefix=digest and digest[1], progress=False)
     except (OSError, RuntimeError):  # no network, no room; a download with another hash
         return None
     finally:

@@ -143,7 +143,8 @@ def _load_pickle(path):
 
 def _clean(state, path):
     """FastGAN's state dict without DataParallel's prefix."""
-    if not isinstance(state, dict) or not state:
+    tensors = isinstance(state, dict) and state and all(isinstance(tensor, torch.Tensor) for tensor in state.values())
+    if not tensors:
         raise UserError(f"{path} is no FastGAN checkpoint: it has no 'g' and 'd'.")
     return {name.removeprefix("module."): tensor for name, tensor in state.items()}
 
@@ -151,10 +152,10 @@ def _clean(state, path):
 def _shape_of_generator(state, path):
     try:
         nz, twice = state["init.init.0.weight_orig"].shape[:2]
-    except KeyError:
-        raise UserError(f"{path} is no FastGAN generator: 'init.init.0.weight_orig' is missing.") from None
-    sides = [int(name.split(".")[0].removeprefix("feat_")) for name in state if name.startswith("feat_")]
-    return {"size": max(sides), "ngf": twice // 32, "nz": nz}
+        size = max(int(name.split(".")[0].removeprefix("feat_")) for name in state if name.startswith("feat_"))
+    except (KeyError, ValueError):
+        raise UserError(f"{path} is no FastGAN generator: 'init.init.0.weight_orig' or 'feat_8' is missing.") from None
+    return {"size": size, "ngf": twice // 32, "nz": nz}
 
 
 def _shape_of_discriminator(state, path):
@@ -187,10 +188,8 @@ def _load_exactly(module, state, path):
 def _take_ema_list(generator, averaged, path):
     """FastGAN keeps its averaged weights as a bare list, in the order of the generator's parameters."""
     parameters = list(generator.parameters())
-    fits = len(averaged) == len(parameters) and all(
-        a.shape == p.shape for a, p in zip(averaged, parameters, strict=True)
-    )
-    if not fits:
+    shapes = [getattr(average, "shape", None) for average in averaged] if isinstance(averaged, list) else None
+    if shapes != [parameter.shape for parameter in parameters]:
         raise UserError(f"{path}: its 'g_ema' list does not match the generator's {len(parameters)} parameters.")
     with torch.no_grad():
         for parameter, average in zip(parameters, averaged, strict=True):

@@ -150,6 +150,18 @@ class Stage5Settings(ClassifierSettings):
 
 
 @dataclass(frozen=True)
+class PostMortemSettings:
+    """Step 06: the faults of the prior system, shown on this run's own networks."""
+
+    seed: int = 0
+    bootstrap: int = 1000  # resamples behind every interval
+
+    def __post_init__(self):
+        _require(self.seed >= 0, f"seed is {self.seed}, it must not be negative.")
+        _require(self.bootstrap > 0, f"bootstrap is {self.bootstrap}, it must be above 0.")
+
+
+@dataclass(frozen=True)
 class ReportSettings:
     """Step 07: nothing to set; the report is made from the other steps' results."""
 
@@ -161,6 +173,7 @@ SETTINGS = {
     "stage2": Stage2Settings,
     "dedup": DedupSettings,
     "classifier": Stage5Settings,
+    "post_mortem": PostMortemSettings,
     "report": ReportSettings,
 }
 
@@ -270,7 +283,8 @@ def resolve(step, profile, given=()):
     """Settings of one step: the defaults, then what the profile says, then every value in `given` that is not None.
 
     Args:
-        step: one of `SETTINGS` ("data", "baseline", "stage1", "stage2", "dedup", "classifier", "report").
+        step: one of `SETTINGS` ("data", "baseline", "stage1", "stage2", "dedup", "classifier",
+            "post_mortem", "report").
         profile: one of `PROFILES`.
         given: a mapping; names that are no setting of this step are passed over, so that a notebook can hand in its
             `globals()` after the parameters cell.

@@ -12,6 +12,7 @@ from stgan_utils.lesions import CLASSES, MAJORITY
 
 ECE_BINS = 15
 AGE_BANDS = {"0–29": 0, "30–44": 30, "45–59": 45, "60–74": 60, "75+": 75}  # name: first year
+SUBGROUPS = ("age", "sex", "localization", "dx_type", "dataset")  # columns of the dataset table
 
 
 def evaluate(y_true, proba, groups=None, bootstrap=1000, seed=0):
@@ -212,6 +213,17 @@ def by_subgroup(table, y_true, proba, column, bootstrap=200, seed=0):
             row |= {name: figure["value"], f"{name}_low": figure["low"], f"{name}_high": figure["high"]}
         rows.append(row)
     return pd.DataFrame(rows)
+
+
+def by_subgroups(table, y_true, proba, bootstrap=200, seed=0):
+    """`by_subgroup` for each of `SUBGROUPS` that tells these images apart, one below the other.
+
+    Returns:
+        DataFrame: `column`, then the columns of `by_subgroup`; empty where no column tells them apart.
+    """
+    known = [column for column in SUBGROUPS if column in table and table[column].nunique(dropna=False) > 1]
+    found = [by_subgroup(table, y_true, proba, column, bootstrap, seed).assign(column=column) for column in known]
+    return pd.concat(found, ignore_index=True).set_index("column").reset_index() if found else pd.DataFrame()
 
 
 def relabel_columns(matrix, order_as_labelled, true_order):

@@ -55,6 +55,7 @@ def _steps():
         *(Step(name, "stage2", (start, baseline, stage1), code) for name, code in zip(stage2, MINORITY, strict=True)),
         Step("04_deduplicate", "dedup", (start, *stage2)),
         Step("05_classifier", "classifier", (start, baseline, "04_deduplicate")),
+        Step("06_post_mortem", "post_mortem", (start, baseline, "05_classifier")),
     )
     return (*before_report, Step("07_report", "report", tuple(step.name for step in before_report)))
 

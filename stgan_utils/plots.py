@@ -218,6 +218,99 @@ def recall_per_class(arms, title="Recall per class, real test split, 95 % interv
     return _tidy(fig)
 
 
+def permutations(scores, marked, title="Accuracy under every reading of the columns"):
+    """Histogram of the accuracies with some readings marked.
+
+    Args:
+        scores: DataFrame with `order` and `accuracy`, as `evaluation.permutation_scores` gives it.
+        marked: {name: order}.
+    """
+    fig = Figure(figsize=(7, 3.2), layout="constrained")
+    ax = fig.subplots()
+    ax.hist(scores["accuracy"], bins=70, color="0.7")
+    accuracy = scores.set_index("order")["accuracy"]
+    for (name, order), colour in zip(marked.items(), COLOURS, strict=False):
+        label = f"{name}: {accuracy[order]:.1%}  ({' '.join(order)})"
+        ax.axvline(accuracy[order], color=colour, lw=1.8, label=label)
+    ax.set(yscale="log", xlim=(0, 1), xlabel="accuracy", ylabel="readings (log)", title=f"{title}, n = {len(scores):,}")
+    ax.legend(fontsize=7.5)
+    return _tidy(fig)
+
+
+def subgroups(groups, title="Subgroups, real test split, 95 % intervals", few=30):
+    """Accuracy and balanced accuracy of each group with intervals; its counts beside its name, few images in pale.
+
+    Args:
+        groups: DataFrame as `evaluation.by_subgroups` gives it.
+        few: groups with fewer images are drawn pale: their figures are hardly more than anecdotes.
+    """
+    fig = Figure(figsize=(7, 0.24 * len(groups) + 1.2), layout="constrained")
+    ax = fig.subplots()
+    # A step of one between groups, of two where another column begins.
+    y = np.arange(len(groups)) + (groups["column"] != groups["column"].shift()).cumsum()
+    for name, colour, shift in (("accuracy", COLOURS[0], -0.12), ("balanced_accuracy", COLOURS[1], 0.12)):
+        for chosen, alpha in ((groups["images"] >= few, 1), (groups["images"] < few, 0.3)):
+            values, errors = _bars(
+                [
+                    {"value": row[name], "low": row[f"{name}_low"], "high": row[f"{name}_high"]}
+                    for row in groups[chosen].to_dict("records")
+                ]
+            )
+            label = name.replace("_", " ") if alpha == 1 else None
+            ax.errorbar(values, y[chosen] + shift, xerr=errors, fmt="o", ms=3.5, color=colour, alpha=alpha, label=label)
+    labels = [
+        f"{row.column}: {row.group}  (n = {row.images:,}, {row.classes} class{'es' if row.classes > 1 else ''})"
+        for row in groups.itertuples()
+    ]
+    ax.set_yticks(y, labels, fontsize=7.5)
+    ax.set(xlim=(0, 1.02), ylim=(y.max() + 1, y.min() - 1), title=f"{title}\npale: fewer than {few} images")
+    ax.grid(axis="x", lw=0.4, alpha=0.6)
+    ax.legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.6 / fig.get_figheight()), ncols=2)
+    return _tidy(fig)
+
+
+def reliability(curves, title="Reliability, real test split"):
+    """How often answers given with some probability are right; on the diagonal a probability means what it says.
+
+    Args:
+        curves: {name: DataFrame as `evaluation.reliability_curve` gives it}; a dot's area grows with its images.
+    """
+    fig = Figure(figsize=(4.6, 4.4), layout="constrained")
+    ax = fig.subplots()
+    ax.plot([0, 1], [0, 1], ":", color="0.5", lw=1)
+    for (name, curve), colour in zip(curves.items(), COLOURS, strict=False):
+        images = curve["images"]
+        label = f"{name}, n = {images.sum():,}"
+        ax.plot(curve["confidence"], curve["accuracy"], color=colour, lw=1, label=label)
+        ax.scatter(curve["confidence"], curve["accuracy"], 6 + 300 * images / images.sum(), colour, alpha=0.6, lw=0)
+    ax.set(xlim=(0, 1.02), ylim=(-0.02, 1.02), xlabel="probability of the answer", ylabel="share right", title=title)
+    ax.legend(fontsize=8, loc="upper left")
+    return _tidy(fig)
+
+
+def heatmaps(images, maps, titles, title=""):
+    """Images side by side, below each one its maps laid over it.
+
+    Args:
+        images: uint8 (N, S, S, 3).
+        maps: {name of the row: (N, S, S) in [0, 1]}, such as `gradcam.grad_cam` gives.
+        titles: N captions.
+    """
+    fig = Figure(figsize=(1.25 * len(images) + 0.9, 1.25 * (1 + len(maps)) + 0.7), layout="constrained")
+    axes = fig.subplots(1 + len(maps), len(images), squeeze=False)
+    for column, caption in enumerate(titles):
+        axes[0, column].set_title(caption, fontsize=7)
+        for row, overlay in zip(axes[:, column], (None, *maps.values()), strict=True):
+            row.imshow(images[column])
+            if overlay is not None:
+                row.imshow(overlay[column], cmap="inferno", vmin=0, vmax=1, alpha=0.5)
+            row.set(xticks=[], yticks=[])
+    for ax, name in zip(axes[:, 0], ("image", *maps), strict=True):
+        ax.set_ylabel(name, fontsize=8)
+    fig.suptitle(title, fontsize=10)
+    return fig
+
+
 def _bars(intervals):
     """Values (N,) and lengths of their bars downwards and upwards (2, N); NaN where there is None."""
     value, low, high = (np.array([interval[key] for interval in intervals], float) for key in ("value", "low", "high"))

@@ -11,7 +11,7 @@ from stgan_utils.config import UserError
 def nothing_found(monkeypatch, tmp_path):
     monkeypatch.delenv(bb.VARIABLE, raising=False)
     monkeypatch.setattr(bb, "SHARED_FILE", tmp_path / "absent.pth")
-    monkeypatch.setattr(bb, "_torchvision_file", lambda: None)
+    monkeypatch.setattr(bb, "hub_file", lambda url: None)
 
 
 def test_every_tensor_of_the_file_is_loaded(backbone, monkeypatch):

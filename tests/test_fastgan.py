@@ -23,10 +23,9 @@ def parameters(module):
 
 @pytest.mark.parametrize("size", [64, 128, 256, 512])
 def test_shapes(size):
-    device = "cpu" if size <= 128 else "meta"  # shapes alone where computing takes long
     ngf = 8
-    with torch.device(device):
-        generator, discriminator = Generator(size, ngf, nz=32), Discriminator(size, ngf)
+    generator, discriminator = Generator(size, ngf, nz=32), Discriminator(size, ngf)
+    with torch.no_grad():
         images, small = generator(torch.randn(2, 32), with_small=True)
         judged = discriminator(images, small)
         rebuilt = discriminator.reconstruct(judged, 3)
@@ -34,7 +33,7 @@ def test_shapes(size):
     assert images.shape == (2, 3, size, size) and small.shape == (2, 3, side, side)
     assert small_size(size) == side and small_view(images).shape == small.shape
     assert judged.logits.shape == (2, 2 * 25)
-    assert judged.last.shape == (2, 8 * ngf * 2, 8, 8)
+    assert judged.last.shape == (2, 8 * ngf, 8, 8)
     assert judged.middle.shape == (2, 4 * ngf, 16, 16) and judged.small.shape == (2, 4 * ngf, 8, 8)
     assert [r.shape for r in rebuilt] == [(2, 3, min(size, 128), min(size, 128))] * 3
 
@@ -47,7 +46,7 @@ def test_parameter_counts_of_the_paper():
 
 @pytest.mark.parametrize("network", [Generator, Discriminator])
 def test_other_sizes_are_refused(network):
-    with pytest.raises(UserError, match="100 px.*64, 128, 256, 512"):
+    with pytest.raises(UserError, match=r"100 px.*64, 128, 256, 512"):
         network(100)
 
 
@@ -101,11 +100,11 @@ def test_spectral_norm_of_the_weights_used_is_one():
     torch.manual_seed(0)
     generator, discriminator = Generator(64, 8, nz=32), Discriminator(64, 8)
     with torch.no_grad():
-        for _ in range(40):  # one power iteration each
+        for _ in range(25):  # one power iteration each
             judged = discriminator(*generator(torch.randn(2, 32), with_small=True))
             discriminator.reconstruct(judged, 0)
     layers = [m for net in (generator, discriminator) for m in net.modules() if hasattr(m, "weight_orig")]
-    assert len(layers) > 40
+    assert len(layers) == 39
     for layer in layers:
         weight = layer.weight.transpose(0, 1) if isinstance(layer, nn.ConvTranspose2d) else layer.weight
         assert torch.linalg.matrix_norm(weight.flatten(1), 2).item() == pytest.approx(1, abs=0.05)
@@ -132,9 +131,8 @@ def test_features_of_a_quadrant_come_from_that_quadrant():
     for quadrant in range(4):
         quadrant_of(images[quadrant : quadrant + 1], quadrant).fill_(1.0)
     with torch.no_grad():
-        change = (
-            discriminator(images, small_view(images)).middle - discriminator(0 * images, small_view(0 * images)).middle
-        )
+        seen, nothing = (discriminator(view, small_view(view)).middle for view in (images, 0 * images))
+        change = seen - nothing
     for quadrant in range(4):
         energy = [quadrant_of(change[quadrant : quadrant + 1], q).square().sum().item() for q in range(4)]
         assert int(np.argmax(energy)) == quadrant
@@ -156,7 +154,7 @@ def test_frozen_blocks_stay_bit_identical_and_the_rest_learns():
     torch.manual_seed(0)
     discriminator = Discriminator(64, 8).train()
     assert discriminator.freeze(2) is discriminator
-    for again in range(3):
+    for _ in range(3):
         before = {name: tensor.clone() for name, tensor in discriminator.state_dict().items()}
         train_once(discriminator)
         assert {n for n, p in discriminator.named_parameters() if p.grad is None} == {
@@ -167,7 +165,7 @@ def test_frozen_blocks_stay_bit_identical_and_the_rest_learns():
             # A layer with one output has a left singular vector of one entry, ±1: nothing there can change.
             if frozen or tensor.numel() > 1:
                 assert torch.equal(tensor, before[name]) == frozen, name
-        discriminator.eval() if again else None
+        discriminator.eval()
         discriminator.train()  # as a loop does after an evaluation; must not thaw anything
 
 
@@ -179,5 +177,5 @@ def test_freezing_more_blocks_freezes_deeper_and_too_many_are_refused():
     discriminator.freeze(4)
     learning = {name.split(".")[0] for name, p in discriminator.named_parameters() if p.requires_grad}
     assert learning == {"rf_big", "rf_small", "decoder_big", "decoder_part", "decoder_small"}
-    with pytest.raises(UserError, match="freeze_blocks is 5.*64 px has 4"):
+    with pytest.raises(UserError, match=r"freeze_blocks is 5.*64 px has 4"):
         Discriminator(64, 8).freeze(5)

@@ -14,6 +14,7 @@ from torchmetrics.image.kid import poly_mmd
 
 from stgan_utils import backbone as backbones
 from stgan_utils import dedup, quality
+from stgan_utils import features as spaces
 from stgan_utils.config import UserError
 
 SIZE = 64
@@ -29,7 +30,7 @@ def filtered(images, change):
 
 @pytest.fixture(scope="module")
 def extractor(backbone):
-    return quality.feature_extractor("mobilenet")
+    return spaces.feature_extractor("mobilenet")
 
 
 @pytest.fixture(scope="module")
@@ -165,7 +166,7 @@ def test_features_do_not_depend_on_batches_or_neighbours(noise, extractor):
     whole = extractor(noise)
     assert whole.shape == (12, extractor.dim)
     assert whole.dtype == np.float32
-    network = quality.feature_extractor("mobilenet")
+    network = spaces.feature_extractor("mobilenet")
     np.testing.assert_allclose(network(noise, batch_size=5), whole, atol=1e-4)
     np.testing.assert_allclose(network(noise[3:4])[0], whole[3], atol=1e-4)
 
@@ -183,7 +184,7 @@ def test_random_features_repeat_and_leave_the_generator_alone(noise):
     torch.manual_seed(7)
     expected = torch.rand(1)
     torch.manual_seed(7)
-    first, second = (quality.feature_extractor("random") for _ in range(2))
+    first, second = (spaces.feature_extractor("random") for _ in range(2))
     assert torch.rand(1) == expected
     assert "random" in first.name
     np.testing.assert_array_equal(first(noise), second(noise))
@@ -194,12 +195,12 @@ def test_auto_takes_the_baseline_where_nothing_is_pretrained(monkeypatch, tmp_pa
 
     monkeypatch.setattr(backbones, "pretrained_source", lambda: None)
     monkeypatch.delenv("INCEPTION_WEIGHTS", raising=False)
-    monkeypatch.setattr(quality, "_hub_file", lambda url: None)
-    assert "random" in quality.feature_extractor().name
+    monkeypatch.setattr(backbones, "hub_file", lambda url: None)
+    assert "random" in spaces.feature_extractor().name
     torch.manual_seed(1)
     model = Classifier({"size": 64, "mean": [0.5] * 3, "std": [0.5] * 3})
     model.save(tmp_path / "model.safetensors")
-    extractor = quality.feature_extractor(baseline=tmp_path / "model.safetensors")
+    extractor = spaces.feature_extractor(baseline=tmp_path / "model.safetensors")
     assert "baseline" in extractor.name
     batch = torch.nn.functional.interpolate(
         torch.from_numpy(noise).permute(0, 3, 1, 2) / 255, size=128, mode="bilinear", antialias=True
@@ -211,17 +212,17 @@ def test_auto_takes_the_baseline_where_nothing_is_pretrained(monkeypatch, tmp_pa
 
 def test_inception_says_which_file_it_needs(monkeypatch, tmp_path):
     monkeypatch.delenv("INCEPTION_WEIGHTS", raising=False)
-    monkeypatch.setattr(quality, "_hub_file", lambda url: None)
+    monkeypatch.setattr(backbones, "hub_file", lambda url: None)
     with pytest.raises(UserError, match="INCEPTION_WEIGHTS"):
-        quality.feature_extractor("inception")
+        spaces.feature_extractor("inception")
     for name, content in (("absent.pth", None), ("text.pth", b"no weights")):
         if content:
             (tmp_path / name).write_bytes(content)
         monkeypatch.setenv("INCEPTION_WEIGHTS", str(tmp_path / name))
         with pytest.raises(UserError, match=name):
-            quality.feature_extractor()
+            spaces.feature_extractor()
     with pytest.raises(UserError, match="'clip'"):
-        quality.feature_extractor("clip")
+        spaces.feature_extractor("clip")
 
 
 # --- diversity, the whole lot
