@@ -11,7 +11,7 @@ run: $(VENV)/installed
 	$(PYTHON) -m stgan_utils run --data phantom --profile demo --out runs/demo --jobs $(JOBS)
 
 test: $(VENV)/installed-dev
-	$(PYTHON) -m pytest
+	OMP_NUM_THREADS=1 $(PYTHON) -m pytest -n auto --dist loadfile
 
 lint: $(VENV)/installed-dev
 	$(PYTHON) -m ruff check .

@@ -9,6 +9,7 @@ import argparse
 import os
 import tempfile
 import tracemalloc
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from statistics import median
 from time import perf_counter
@@ -27,16 +28,20 @@ PACKAGES = ("numpy", "pillow", "imagehash", "pywavelets", "scipy")
 
 def make_images(folder, count, real):
     """`count` PNG files of 256 px from the files `real`, mirrored when they are used up, or else of noise."""
-    rng = np.random.default_rng(0)
-    for i in range(count):
+
+    def make(i):
         if real:
-            image = Image.open(real[i % len(real)])
+            image = Image.open(real[i % len(real)]).convert("RGB").resize((256, 256))
             image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if i // len(real) % 2 else image
-        elif i % 10 < 9:  # every tenth is a copy of the one before, grain aside
-            image = Image.fromarray(rng.integers(0, 256, (12, 12, 3), np.uint8))
-        pixels = np.asarray(image.convert("RGB").resize((256, 256)), np.int16)
-        pixels = pixels if real else np.clip(pixels + rng.integers(-6, 7, pixels.shape), 0, 255)
-        Image.fromarray(pixels.astype(np.uint8)).save(folder / f"{i:06d}.png")
+        else:  # every tenth is a copy of the one before, grain aside
+            smooth = np.random.default_rng(i - 1 if i % 10 == 9 else i).integers(0, 256, (12, 12, 3), np.uint8)
+            pixels = np.asarray(Image.fromarray(smooth).resize((256, 256)), np.int16)
+            grain = np.random.default_rng(i).integers(-6, 7, pixels.shape)
+            image = Image.fromarray(np.clip(pixels + grain, 0, 255).astype(np.uint8))
+        image.save(folder / f"{i:06d}.png")
+
+    with ThreadPoolExecutor() as pool:
+        list(pool.map(make, range(count)))
     return sorted(folder.iterdir())
 
 

@@ -1,7 +1,7 @@
 """The command line: `python -m stgan_utils COMMAND`; `--help` lists the commands.
 
-Exit status: 0 done, 1 a notebook failed, 2 wrong input (one sentence says what), 4 time was up and the same command
-goes on. Anything else that goes wrong is a bug and keeps its traceback.
+Exit status: 0 done, 1 a notebook failed, 2 wrong input (one sentence says what), 3 done but for images that could not
+be read, 4 time was up and the same command goes on. Anything else that goes wrong is a bug and keeps its traceback.
 """
 
 import sys
@@ -21,6 +21,12 @@ app = typer.Typer(
 )
 data_app = typer.Typer(help="Datasets.", no_args_is_help=True)
 app.add_typer(data_app, name="data")
+weights_app = typer.Typer(help="Trained weights: what there is, getting it, checking it.", no_args_is_help=True)
+app.add_typer(weights_app, name="weights")
+
+Folder = Annotated[
+    Path | None, typer.Option("--dir", help="A folder of weights to look in first; or the variable STGAN_WEIGHTS.")
+]
 
 
 @app.command()
@@ -55,21 +61,41 @@ def check(folder: Annotated[str, typer.Argument(help="A dataset's folder or file
 
 @app.command()
 def predict(
-    model: Annotated[Path, typer.Option(help="A classifier's file (.safetensors).")],
     images: Annotated[Path, typer.Option(help="A folder, one image, or a zip archive.")],
     out: Annotated[str, typer.Option(help="CSV in the format of ISIC 2018 Task 3; - is standard output.")],
+    model: Annotated[
+        str, typer.Option(help="A classifier's file (.safetensors) or its name in the manifest.")
+    ] = "classifier-mobilenetv2",
     tta: Annotated[bool, typer.Option("--tta", help="Average over flips: four times as slow.")] = False,
 ):
     """Classify images. Not a medical device: the probabilities are no diagnosis."""
     from stgan_utils.classifier import Classifier
     from stgan_utils.predict import predict_folder
+    from stgan_utils.weights import resolve
 
-    written, unreadable = predict_folder(Classifier.load(model), images, out, tta=tta)
+    written, unreadable = predict_folder(Classifier.load(resolve(model)), images, out, tta=tta)
     for name, reason in unreadable:
         print(f"no row for {name}: {reason}", file=sys.stderr)
     print(f"{written:,} rows: {out}. Not a medical device: these are no diagnoses.", file=sys.stderr)
     if unreadable:
         raise typer.Exit(3)
+
+
+@app.command()
+def generate(
+    weights: Annotated[str, typer.Option(help="A generator's name in the manifest, or a file.")],
+    out: Annotated[Path, typer.Option(help="A new folder: images/, synthetic.csv, grid.png, interpolation.gif.")],
+    count: Annotated[int, typer.Option(help="How many images.")] = 64,
+    seed: Annotated[int, typer.Option(help="The same seed makes the same images.")] = 0,
+    truncation: Annotated[float, typer.Option(help="Below 1: fewer failures, less variety.")] = 1.0,
+    lesion: Annotated[str | None, typer.Option(help="Names the files; by default what the weights draw.")] = None,
+):
+    """Draw images with trained weights."""
+    from stgan_utils import generation
+    from stgan_utils.weights import resolve
+
+    rows = generation.generate(resolve(weights), count, out, seed, truncation, lesion)
+    print(f"{len(rows):,} images, grid.png and interpolation.gif: {out}")
 
 
 @app.command()
@@ -89,6 +115,82 @@ def dedup(
     with files.atomic_path(out) as temporary:
         table.to_csv(temporary, index=False)
     print(f"{table['kept'].sum():,} of {len(table):,} images kept: {out}")
+
+
+@weights_app.command("list")
+def list_weights(folder: Folder = None):
+    """What the manifest names: what is here, what must be fetched, how large."""
+    from stgan_utils import weights
+
+    for name, asset in weights.manifest().items():
+        found = weights.find(name, folder)
+        megabytes = f"{asset['bytes'] / 1e6:.1f} MB" if asset["bytes"] else "? MB"
+        kaggle, url = asset["sources"]["kaggle"], asset["sources"]["url"]
+        where = found or f"to fetch from {'Kaggle, ' + kaggle['slug'] if kaggle else url}"
+        print(f"{name:28} {asset['stage']:10} {megabytes:>9}  {where}")
+
+
+@weights_app.command("fetch")
+def fetch_weights(
+    names: Annotated[list[str] | None, typer.Argument(help="Names in the manifest.")] = None,
+    everything: Annotated[bool, typer.Option("--all", help="All that the manifest names.")] = False,
+    folder: Folder = None,
+):
+    """Download what is not here and check it; a download that was cut off goes on."""
+    from stgan_utils import weights
+
+    if not names and not everything:
+        raise UserError("Name what to fetch, or say --all; `weights list` shows the names.")
+    failures = []
+    for name in weights.manifest() if everything else names:
+        try:
+            print(f"{name}: {weights.fetch(name, folder)}")
+        except UserError as error:
+            failures.append(str(error))
+    if failures:
+        raise UserError("\n".join(failures))
+
+
+@weights_app.command("verify")
+def verify_weights(folder: Folder = None):
+    """Compare the checksum of everything that is here."""
+    from stgan_utils import weights
+
+    found = list(weights.verify(folder))
+    for name, place, wrong in found:
+        if not wrong:
+            print(f"{name}: as it should be, {place}")
+    if failures := [wrong for _, _, wrong in found if wrong]:
+        raise UserError("\n".join(failures))
+
+
+@weights_app.command("path")
+def path_of_weights(name: Annotated[str, typer.Argument(help="A name in the manifest.")], folder: Folder = None):
+    """Print where an asset is, checked; it is fetched if it is not here."""
+    from stgan_utils import weights
+
+    print(weights.path(name, folder))
+
+
+@weights_app.command("convert")
+def convert_weights(
+    source: Annotated[Path, typer.Argument(metavar="IN", help="FastGAN's own file: N.pth or all_N.pth.")],
+    target: Annotated[Path, typer.Argument(metavar="OUT", help="Where to, .safetensors.")],
+):
+    """Turn FastGAN's own checkpoint into one of ours, every tensor accounted for."""
+    from stgan_utils import checkpoints
+
+    checkpoints.convert(source, target)
+    print(target)
+
+
+@weights_app.command("release")
+def release_weights(run_dir: Annotated[Path, typer.Argument(metavar="RUN_DIR", help="A finished run on real images.")]):
+    """For maintainers: put a run's models into weights/ in half precision, with their entries in the manifest."""
+    from stgan_utils.release import release
+
+    for name, megabytes in release(run_dir).items():
+        print(f"{name:28} {megabytes:6.1f} MB")
 
 
 def _join_pairs(arguments):

@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 
 from stgan_utils.config import UserError
 from stgan_utils.fastgan import Discriminator, Generator
-from stgan_utils.files import atomic_path
+from stgan_utils.files import atomic_path, sha256
 from stgan_utils.lesions import CLASSES
 
 FORMAT = "stgan-1"
@@ -105,13 +105,30 @@ def load_generator(path, ema=True):
         architecture = header["architecture"]
     else:
         contents = _load_pickle(path)
-        state = _clean(contents.get("g"), path)
+        state = _with_heads(_clean(contents.get("g"), path), path)
         architecture = _shape_of_generator(state, path)
     generator = Generator(**{name: architecture[name] for name in ("size", "ngf", "nz")})
     _load_exactly(generator, state, path)
     if not str(path).endswith(".safetensors") and ema and "g_ema" in contents:
         _take_ema_list(generator, contents["g_ema"], path)
     return generator.eval()
+
+
+def convert(source, target):
+    """Write FastGAN's own file as one of ours: live generator, averaged one and discriminator, whichever it has.
+
+    Raises:
+        UserError: as `load_generator`; or `target` does not end in `.safetensors`.
+    """
+    if not str(target).endswith(".safetensors"):
+        raise UserError(f"{target} would not be recognised again: let its name end in .safetensors.")
+    contents, generator = _load_pickle(source), load_generator(source, ema=False)
+    tensors = prefixed("generator", generator.state_dict())
+    if "g_ema" in contents:
+        tensors |= prefixed("ema", load_generator(source).state_dict())
+    if "d" in contents:
+        tensors |= prefixed("discriminator", load_discriminator(source).state_dict())
+    save(target, tensors, {"architecture": generator_architecture(generator), "converted_from": sha256(source)})
 
 
 def load_discriminator(path):
@@ -146,7 +163,30 @@ def _clean(state, path):
     tensors = isinstance(state, dict) and state and all(isinstance(tensor, torch.Tensor) for tensor in state.values())
     if not tensors:
         raise UserError(f"{path} is no FastGAN checkpoint: it has no 'g' and 'd'.")
-    return {name.removeprefix("module."): tensor for name, tensor in state.items()}
+    cleaned = {name.removeprefix("module."): tensor for name, tensor in state.items()}
+    if len(cleaned) < len(state):
+        raise UserError(f"{path} has {len(state) - len(cleaned)} tensors twice, with and without 'module.'.")
+    return cleaned
+
+
+def _with_heads(state, path):
+    """FastGAN's generator with its two outputs under today's names: older files call them `to_rgb`, `to_rgb_…`.
+
+    Which one it is, the kernel tells: 1×1 is `to_128`, 3×3 `to_big`.
+    """
+    renamed = {}
+    for name, tensor in state.items():
+        module, _, last = name.rpartition(".")
+        if module.startswith("to_rgb"):
+            weight = state.get(f"{module}.weight_orig", tensor)
+            head = {(1, 1): "to_128", (3, 3): "to_big"}.get(tuple(weight.shape[2:]))
+            if head is None:
+                raise UserError(f"{path} does not fit: its '{module}' is neither a 1×1 nor a 3×3 convolution.")
+            name = f"{head}.{last}"
+            if name in state or name in renamed:
+                raise UserError(f"{path} does not fit: '{module}' and another output of it are both '{head}'.")
+        renamed[name] = tensor
+    return renamed
 
 
 def _shape_of_generator(state, path):

@@ -6,6 +6,8 @@ puts the profile and the parameters together and checks every value, so that a w
 
 from dataclasses import dataclass, fields
 
+from stgan_utils.lesions import CLASSES
+
 SIZES = (64, 128, 256, 512)
 PERCEPTUAL = ("vgg", "squeeze", "mobilenet", "l1")
 AUGMENTATIONS = ("color", "translation")
@@ -82,7 +84,7 @@ class Stage2Settings(Stage1Settings):
     # A checkpoint (ours or FastGAN's) to start from instead of this run's own Stage 1.
     start_from: str = ""
     freeze_blocks: int = 2  # discriminator blocks frozen, counted from the image (Freeze-D)
-    bt_weight: float = 0.1  # Barlow Twins, after the ramp; 0 switches it off
+    bt_weight: float = 1.0  # Barlow Twins, after the ramp; 0 switches it off
     bt_ramp: int = 200  # iterations over which the weight rises from 0
     noise_sigma: float = 0.1  # instance noise on the discriminator's input, in units of [-1, 1]
     noise_decay: int = 500  # iterations over which it falls to 0
@@ -91,6 +93,7 @@ class Stage2Settings(Stage1Settings):
 
     def __post_init__(self):
         super().__post_init__()
+        _require(self.lesion in ("", *CLASSES), f"lesion is {self.lesion!r}, it must be one of {', '.join(CLASSES)}.")
         _require(self.freeze_blocks >= 0, f"freeze_blocks is {self.freeze_blocks}, it must not be negative.")
         _require(self.noise_sigma >= 0, f"noise_sigma is {self.noise_sigma}, it must not be negative.")
         _require(self.bt_weight >= 0, f"bt_weight is {self.bt_weight}, it must not be negative.")
@@ -210,20 +213,22 @@ PROFILES = {
         "classifier": {"size": 64, "epochs": 6},
         "stage1": {
             "ngf": 16,
-            "iterations": 600,
-            "checkpoint_every": 100,
-            "sample_every": 100,
-            "evaluate_every": 200,
-            "quality_images": 300,
+            "iterations": 320,
+            "checkpoint_every": 80,
+            "sample_every": 80,
+            "evaluate_every": 160,
+            "quality_images": 200,
         },
         "stage2": {
             "ngf": 16,
-            "iterations": 90,
-            "checkpoint_every": 30,
-            "sample_every": 30,
-            "evaluate_every": 30,
-            "quality_images": 200,
-            "generate": 200,
+            "iterations": 40,
+            "bt_ramp": 10,
+            "noise_decay": 20,
+            "checkpoint_every": 20,
+            "sample_every": 20,
+            "evaluate_every": 20,
+            "quality_images": 100,
+            "generate": 120,
         },
     },
     # Real images on a laptop, an evening.
@@ -232,7 +237,7 @@ PROFILES = {
         "classifier": {"size": 96, "epochs": 6},
         "stage1": {
             "ngf": 16,
-            "iterations": 2000,
+            "iterations": 1500,
             "perceptual": "mobilenet",
             "checkpoint_every": 250,
             "sample_every": 250,
@@ -240,8 +245,9 @@ PROFILES = {
         },
         "stage2": {
             "ngf": 16,
-            "iterations": 200,
+            "iterations": 400,
             "learning_rate": 1e-4,
+            "bt_ramp": 50,
             "perceptual": "mobilenet",
             "checkpoint_every": 50,
             "sample_every": 50,
@@ -283,8 +289,7 @@ def resolve(step, profile, given=()):
     """Settings of one step: the defaults, then what the profile says, then every value in `given` that is not None.
 
     Args:
-        step: one of `SETTINGS` ("data", "baseline", "stage1", "stage2", "dedup", "classifier",
-            "post_mortem", "report").
+        step: a key of `SETTINGS`.
         profile: one of `PROFILES`.
         given: a mapping; names that are no setting of this step are passed over, so that a notebook can hand in its
             `globals()` after the parameters cell.

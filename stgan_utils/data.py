@@ -234,7 +234,7 @@ def read_table(path):
 
 
 def image_cache(table, size, folder=None):
-    """The table's images, decoded once: uint8 (N, size, size, 3), RGB, read-only memory map, in the table's row order.
+    """The table's images, decoded once: uint8 (N, size, size, 3), RGB, memory-mapped, in the table's row order.
 
     Images are squeezed to a square as they are (bicubic, antialiased). The file is named by the content of every image
     file, so a changed image is noticed; another process that makes the same file at the same time does no harm.
@@ -266,7 +266,7 @@ def image_cache(table, size, folder=None):
                 disable=len(paths) < 2000,
             ):
                 out.write(pixels)
-    return np.load(file, mmap_mode="r")
+    return np.load(file, mmap_mode="c")  # copy on write: torch warns at arrays that it may not write
 
 
 def load_images(paths, size):

@@ -1,5 +1,8 @@
 """Making images: every one from its own numbers, so that any single image can be made again from its row."""
 
+import math
+import re
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -7,18 +10,23 @@ import pandas as pd
 import torch
 from PIL import Image
 
+from stgan_utils import checkpoints
 from stgan_utils import device as devices
 from stgan_utils.config import UserError
-from stgan_utils.files import atomic_path
-from stgan_utils.layouts import IMAGE_SUFFIXES
+from stgan_utils.files import atomic_path, sha256
+from stgan_utils.layouts import IMAGE_SUFFIXES, whole_folder
 
-BATCH = 64
+BATCH = 16  # larger ones fall out of a CPU's caches and gain a GPU little
+GRID = 64  # images on a grid at most
 
 
-def latents(generator, seed, indices):
+def latents(generator, seed, indices, truncation=1.0):
     """What image number i of a seed is made of: z and one noise plane a noise layer.
 
     Drawn on the CPU from a random stream of its own per image, so that neither the batch nor the device changes it.
+
+    Args:
+        truncation: z is multiplied by it. Below 1, images are closer to the average one: fewer failures, less variety.
 
     Returns:
         z: (B, nz); noise: a list of (B, 1, side, side), one for each of `generator.noise_layers()`.
@@ -29,38 +37,75 @@ def latents(generator, seed, indices):
         zs.append(torch.randn(generator.nz, generator=stream))
         for plane, (_, side) in zip(planes, generator.noise_layers(), strict=True):
             plane.append(torch.randn(1, side, side, generator=stream))
-    return torch.stack(zs), [torch.stack(plane) for plane in planes]
+    return torch.stack(zs) * truncation, [torch.stack(plane) for plane in planes]
 
 
-@torch.inference_mode()
-def sample(generator, seed, indices):
+def sample(generator, seed, indices, truncation=1.0):
     """Images number `indices` of a seed.
 
     Args:
         generator: in eval mode is meant; it is put there, and its mode is given back.
         seed: any non-negative integer.
         indices: which images.
+        truncation: see `latents`.
 
     Returns:
         (N, S, S, 3) uint8.
     """
     indices = list(indices)
+    starts = range(0, len(indices), BATCH)
+    return np.concatenate(
+        [draw(generator, *latents(generator, seed, indices[start : start + BATCH], truncation)) for start in starts]
+    )
+
+
+@torch.inference_mode()
+def draw(generator, z, noise):
+    """The images of given latents, one batch: arguments as `latents` returns them, result as `sample`'s."""
     device = next(generator.parameters()).device
     training = generator.training
     generator.eval()
-    pictures = []
     try:
-        for start in range(0, len(indices), BATCH):
-            z, noise = latents(generator, seed, indices[start : start + BATCH])
-            for (layer, _), plane in zip(generator.noise_layers(), noise, strict=True):
-                layer.noise = plane.to(device)
-            with devices.autocast(device):
-                pictures.append(to_uint8(generator(z.to(device))))
+        for (layer, _), plane in zip(generator.noise_layers(), noise, strict=True):
+            layer.noise = plane.to(device)
+        with devices.autocast(device):
+            return to_uint8(generator(z.to(device)))
     finally:
         for layer, _ in generator.noise_layers():
             layer.noise = None
         generator.train(training)
-    return np.concatenate(pictures)
+
+
+def interpolation(generator, seed, stops=6, steps=12, truncation=1.0):
+    """A walk through the latents of images 0 … stops − 1 of a seed and back to the first, in `steps` frames each.
+
+    Between two latents on the great circle (slerp): a straight line would pass through shorter, untypical ones. The
+    noise is that of image 0 throughout.
+
+    Returns:
+        (stops · steps, S, S, 3) uint8.
+    """
+    z, noise = latents(generator, seed, range(stops), truncation)
+    frames = []
+    for start, end in zip(z, z.roll(-1, 0), strict=True):
+        t = torch.arange(steps)[:, None] / steps
+        path = torch.stack([slerp(start, end, float(at)) for at in t])
+        frames.append(draw(generator, path, [plane[:1].expand(steps, -1, -1, -1) for plane in noise]))
+    return np.concatenate(frames)
+
+
+def slerp(start, end, t):
+    """The vector a share t ∈ [0, 1] of the way from `start` to `end` on their great circle (K. Shoemake, 1985)."""
+    angle = torch.acos(torch.nn.functional.cosine_similarity(start, end, dim=0))
+    return (torch.sin((1 - t) * angle) * start + torch.sin(t * angle) * end) / torch.sin(angle)
+
+
+def mosaic(images, columns=8):
+    """(N, S, S, 3) uint8 in rows of `columns`, white where the last row ends early: one image, without gaps."""
+    rows = -(-len(images) // columns)
+    sheet = np.full((rows * columns, *images.shape[1:]), 255, np.uint8)
+    sheet[: len(images)] = images
+    return np.concatenate(np.concatenate(sheet.reshape(rows, columns, *images.shape[1:]), axis=1), axis=1)
 
 
 def to_uint8(images):
@@ -69,10 +114,11 @@ def to_uint8(images):
     return scaled.permute(0, 2, 3, 1).cpu().numpy()
 
 
-def write_images(generator, code, count, seed, folder, checkpoint_sha256):
+def write_images(generator, code, count, seed, folder, checkpoint_sha256, truncation=1.0):
     """Write `count` images of one class as PNG, and `synthetic.csv` with a row for each.
 
-    Images that are there already are kept: a killed run goes on where it was.
+    A killed run goes on where it was. Images that other numbers or another checkpoint made are made anew, so that a row
+    always tells the truth of its image: the table is written after they are gone and before the first new one.
 
     Args:
         generator: a generator of `fastgan`.
@@ -81,9 +127,10 @@ def write_images(generator, code, count, seed, folder, checkpoint_sha256):
         seed: with a latent index, all that an image depends on besides the checkpoint.
         folder: where `images/` and `synthetic.csv` go.
         checkpoint_sha256: of the file that the generator was loaded from.
+        truncation: see `latents`.
 
     Returns:
-        DataFrame: file (relative to `folder`), class, seed, latent_index, checkpoint_sha256.
+        DataFrame: file (relative to `folder`), class, seed, latent_index, truncation, checkpoint_sha256.
     """
     rows = pd.DataFrame(
         {
@@ -91,17 +138,68 @@ def write_images(generator, code, count, seed, folder, checkpoint_sha256):
             "class": code,
             "seed": seed,
             "latent_index": range(count),
+            "truncation": truncation,
             "checkpoint_sha256": checkpoint_sha256,
         }
     )
+    table = folder / "synthetic.csv"
+    if not (table.exists() and table.read_text(encoding="utf-8") == rows.to_csv(index=False)):
+        for stale in (folder / "images").glob("*.png"):
+            stale.unlink()
+        with atomic_path(table) as temporary:
+            rows.to_csv(temporary, index=False)
     missing = rows[[not (folder / file).exists() for file in rows["file"]]]
-    for start in range(0, len(missing), BATCH):
-        batch = missing.iloc[start : start + BATCH]
-        for file, picture in zip(batch["file"], sample(generator, seed, batch["latent_index"]), strict=True):
-            with atomic_path(folder / file) as temporary:
-                Image.fromarray(picture).save(temporary)
-    with atomic_path(folder / "synthetic.csv") as temporary:
-        rows.to_csv(temporary, index=False)
+
+    def save(file, picture):
+        with atomic_path(folder / file) as temporary:
+            Image.fromarray(picture).save(temporary)
+
+    written = iter(())
+    with ThreadPoolExecutor() as pool:  # a batch is written while the next is drawn
+        for start in range(0, len(missing), BATCH):
+            batch = missing.iloc[start : start + BATCH]
+            pictures = sample(generator, seed, batch["latent_index"], truncation)
+            list(written)  # raises what went wrong
+            written = pool.map(save, batch["file"], pictures)
+        list(written)
+    return rows
+
+
+def generate(checkpoint, count, folder, seed=0, truncation=1.0, code=None):
+    """A new folder of images made by a generator's file: what `write_images` writes, `grid.png`, `interpolation.gif`.
+
+    Args:
+        checkpoint: any file that `checkpoints.load_generator` reads.
+        count: how many images.
+        folder: where to; it appears when all of it is made.
+        seed, truncation: see `sample`.
+        code: names the files; by default the class that the checkpoint was trained for, else ALL.
+
+    Returns:
+        As `write_images`.
+
+    Raises:
+        UserError: a folder with something in it, numbers out of range, or as `checkpoints.load_generator`.
+    """
+    folder = Path(folder)
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise UserError(f"{folder} is there already: let --out name a new folder.")
+    if count < 1 or seed < 0 or not 0 < truncation < math.inf:
+        raise UserError(
+            f"count is {count}, seed {seed}, truncation {truncation:g}: count must be at least 1, seed not negative, "
+            "truncation above 0 (1 is none)."
+        )
+    generator = checkpoints.load_generator(checkpoint).to(devices.pick(), memory_format=torch.channels_last)
+    header = checkpoints.read_header(checkpoint) if str(checkpoint).endswith(".safetensors") else {}
+    code = code or header.get("settings", {}).get("lesion") or "ALL"
+    if not re.fullmatch(r"[A-Za-z0-9-]+", code):
+        raise UserError(f"lesion is {code!r}, it must be letters and digits: it names the files.")
+    with whole_folder(folder) as made:
+        rows = write_images(generator, code, count, seed, made, sha256(checkpoint), truncation)
+        grid = mosaic(np.stack([np.asarray(Image.open(made / file)) for file in rows["file"][:GRID]]))
+        Image.fromarray(grid).save(made / "grid.png")
+        first, *others = map(Image.fromarray, interpolation(generator, seed, truncation=truncation))
+        first.save(made / "interpolation.gif", save_all=True, append_images=others, duration=60, loop=0)
     return rows
 
 

@@ -194,8 +194,7 @@ def _choose(only, start):
 def _run_all(steps, parameters, done, jobs):
     """Runs `steps` in order, up to `jobs` side by side, each once the steps it needs are through."""
     waiting, running, failures = list(steps), {}, []
-    threads = max(1, _cores() // jobs)
-    pool = ProcessPoolExecutor(jobs, get_context("spawn"), initializer=_begin_worker, initargs=(threads,))
+    pool = ProcessPoolExecutor(jobs, get_context("spawn"), initializer=_begin_worker)
     try:
         while running or (waiting and not failures):
             pending = {step.name for step in (*waiting, *running.values())}
@@ -206,7 +205,7 @@ def _run_all(steps, parameters, done, jobs):
                     _say(step, "done before, skipped")
                 else:
                     _say(step, "started")
-                    running[pool.submit(run_step, step, parameters(step))] = step
+                    running[pool.submit(_run_with_threads, _threads(step, jobs), step, parameters(step))] = step
             for future in wait(running, return_when=FIRST_COMPLETED).done if running else ():
                 step = running.pop(future)
                 try:
@@ -239,10 +238,22 @@ def _cores():
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 
 
-def _begin_worker(threads):
-    """In each process that runs notebooks: its share of the cores, this package, and an end when its parent ends."""
-    # The same number in every notebook of a run: it decides the order of floating-point sums.
-    os.environ.setdefault("OMP_NUM_THREADS", str(threads))
+def _threads(step, jobs):
+    """Threads for a step's notebook, by its kind alone, never by what happens to run beside it.
+
+    The number decides the order of floating-point sums. The six of Stage 2 share the cores; the others come one by one.
+    """
+    peers = sum(other.kind == step.kind for other in STEPS)
+    return os.environ.get("OMP_NUM_THREADS") or str(max(1, _cores() // min(jobs, peers)))
+
+
+def _run_with_threads(threads, step, parameters):
+    os.environ["OMP_NUM_THREADS"] = threads
+    return run_step(step, parameters)
+
+
+def _begin_worker():
+    """In each process that runs notebooks: this package, and an end when its parent ends."""
     # The kernel is this Python, whatever kernels the user has registered, and imports this very package.
     os.environ["JUPYTER_PREFER_ENV_PATH"] = "1"
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))

@@ -233,7 +233,7 @@ def permutations(scores, marked, title="Accuracy under every reading of the colu
         label = f"{name}: {accuracy[order]:.1%}  ({' '.join(order)})"
         ax.axvline(accuracy[order], color=colour, lw=1.8, label=label)
     ax.set(yscale="log", xlim=(0, 1), xlabel="accuracy", ylabel="readings (log)", title=f"{title}, n = {len(scores):,}")
-    ax.legend(fontsize=7.5)
+    ax.legend(fontsize=7.5, loc="upper center", bbox_to_anchor=(0.5, -0.18))
     return _tidy(fig)
 
 

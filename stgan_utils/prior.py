@@ -17,6 +17,8 @@ CONFUSION = (
     (11, 0, 1, 7, 0, 12, 4),
 )
 
+DATA_NAME = "ISIC 2018 Task 3, test images, as the prior system published"
+
 # The same network on its validation images: a random fifth, stratified by class, of real and generated images together.
 MIXED_RIGHT = dict(zip(PRIOR_TRAINING_ORDER, (1172, 721, 796, 830, 728, 623, 532), strict=True))
 MIXED_IMAGES = 5790

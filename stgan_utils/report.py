@@ -25,8 +25,11 @@ METRICS = {"balanced_accuracy": "balanced accuracy", "accuracy": "accuracy", "ma
 WIDEST = 2000  # pixels; wider figures are scaled down
 
 
-def build(run_dir):
+def build(run_dir, overview=()):
     """Writes `RUN_DIR/report.html`: no script, no outside resource, pictures inside.
+
+    Args:
+        overview: figures of step 07 itself, as `OpenStep.figures` lists them, for the top of the page.
 
     Raises:
         UserError: no step has been finished there, or a result's figure is missing.
@@ -49,6 +52,7 @@ def build(run_dir):
     environment.filters["value"] = _value
     page = environment.get_template("report.html.jinja").render(
         results=results,
+        overview=_figures(run_dir / REPORT, overview),
         steps=[_section(run_dir, result) for result in results],
         phantom=results[0]["data"] == runs.PHANTOM,
         data_name=results[0]["data_name"],
@@ -71,10 +75,14 @@ def _section(run_dir, result):
     return {
         **result,
         "title": TITLES.get(number, step) + lesion,
-        "figures": [{**figure, "uri": _data_uri(run_dir / step / figure["file"])} for figure in result["figures"]],
+        "figures": _figures(run_dir / step, result["figures"]),
         "models": [[model["file"], model["sha256"]] for model in result["models"]],
         "notebook": notebook if (run_dir / notebook).exists() else None,
     }
+
+
+def _figures(folder, figures):
+    return [{**figure, "uri": _data_uri(folder / figure["file"])} for figure in figures]
 
 
 def _data_uri(path):

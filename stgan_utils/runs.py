@@ -174,12 +174,16 @@ class OpenStep:
         """
         return files.read_json(self.run_dir / name / "result.json")
 
-    def figure(self, fig, name, caption):
-        """Saves a matplotlib Figure as `figures/<name>.png` with the data's name below it, and shows it."""
+    def figure(self, fig, name, caption, data_name=None):
+        """Saves a matplotlib Figure as `figures/<name>.png` with the data's name below it, and shows it.
+
+        Args:
+            data_name: what it was drawn from, where that is not this run's data.
+        """
         from IPython.display import Image, display
 
         # Below the axes, where `bbox_inches="tight"` makes room for it.
-        fig.text(0.99, -0.01, f"data: {self.data_name}", ha="right", va="top", fontsize=7, color="0.4")
+        fig.text(0.99, -0.01, f"data: {data_name or self.data_name}", ha="right", va="top", fontsize=7, color="0.4")
         path = self.folder / "figures" / f"{name}.png"
         with files.atomic_path(path) as temporary:
             fig.savefig(temporary, dpi=110, bbox_inches="tight", facecolor="white")

@@ -79,25 +79,31 @@ def test_write_images_resumes_and_each_can_be_made_again_from_its_row(generator,
     checkpoints.save_generator(model, generator, {})
     rows = generation.write_images(generator, "DF", 8, 7, tmp_path, sha256(model))
     stored = pd.read_csv(tmp_path / "synthetic.csv")
-    assert list(stored.columns) == ["file", "class", "seed", "latent_index", "checkpoint_sha256"]
+    assert list(stored.columns) == ["file", "class", "seed", "latent_index", "truncation", "checkpoint_sha256"]
     pd.testing.assert_frame_equal(stored, rows)
     assert stored["file"].tolist() == [f"images/DF_{i:04d}.png" for i in range(1, 9)]
     assert sorted(f"images/{path.name}" for path in (tmp_path / "images").iterdir()) == stored["file"].tolist()
 
     row = stored.iloc[5]
     assert sha256(model) == row["checkpoint_sha256"]
-    again = generation.sample(checkpoints.load_generator(model), row["seed"], [row["latent_index"]])[0]
+    numbers = row["seed"], [row["latent_index"]], row["truncation"]
+    again = generation.sample(checkpoints.load_generator(model), *numbers)[0]
     assert furthest(again, np.asarray(Image.open(tmp_path / row["file"]))) <= 1
 
-    # A kill before the end: some images and the list are not there yet.
+    # A kill before the end: some images are not there yet.
     written = {file: (tmp_path / file).read_bytes() for file in stored["file"]}
     gone, kept = stored["file"].tolist()[3:6], stored["file"].iloc[0]
-    for file in [*gone, "synthetic.csv"]:
+    for file in gone:
         (tmp_path / file).unlink()
     untouched = (tmp_path / kept).stat().st_mtime_ns
     pd.testing.assert_frame_equal(generation.write_images(generator, "DF", 8, 7, tmp_path, sha256(model)), rows)
     assert {file: (tmp_path / file).read_bytes() for file in stored["file"]} == written
     assert (tmp_path / kept).stat().st_mtime_ns == untouched
+
+    # Other numbers: no image of the old ones stays under a new row.
+    other = generation.write_images(generator, "DF", 4, 8, tmp_path, sha256(model))
+    assert sorted(f"images/{path.name}" for path in (tmp_path / "images").iterdir()) == other["file"].tolist()
+    assert all((tmp_path / file).read_bytes() != written[file] for file in other["file"])
 
 
 def test_nothing_to_make_is_an_empty_list(generator, tmp_path):

@@ -119,6 +119,22 @@ def test_mobilenet(backbone, monkeypatch):
     check_distance(perceptual_distance("mobilenet"))
 
 
+def test_mobilenet_scales_images_as_its_weights_want(backbone, monkeypatch):
+    monkeypatch.setenv(bb.VARIABLE, str(backbone))
+    loaded = bb.load_backbone(required=True)
+    mean, std = (torch.tensor(loaded.preprocessing[name])[:, None, None] for name in ("mean", "std"))
+    pair = torch.rand(2, 1, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    x, expected = (pair.flatten(0, 1) - mean) / std, 0
+    with torch.no_grad():
+        for depth, layer in enumerate(loaded.features.eval()[:14]):
+            x = layer(x)
+            if depth in (1, 3, 6, 13):
+                unit = x / x.norm(dim=1, keepdim=True)
+                expected += (unit[0] - unit[1]).square().sum(0).mean().item() / 4
+        got = perceptual_distance("mobilenet")(*(pair * 2 - 1)).item()  # it takes them in [-1, 1]
+    assert got == pytest.approx(expected, rel=1e-4)
+
+
 @pytest.mark.filterwarnings("ignore::UserWarning:torchvision")  # lpips calls it the old way
 def test_squeeze_reads_the_file_that_the_error_asks_for(offline):
     with pytest.raises(UserError, match=r"squeezenet1_1-b8a52dc0\.pth") as error:

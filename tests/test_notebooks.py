@@ -1,6 +1,8 @@
 """The notebooks as files: their anatomy, their parameters, and that they are committed without outputs."""
 
 import ast
+import functools
+import importlib
 import re
 from dataclasses import fields
 
@@ -97,3 +99,14 @@ def test_logic_lives_in_the_package(notebook):
         assert not any(isinstance(node, ast.FunctionDef | ast.ClassDef) for node in ast.walk(tree))
         assert len(cell.source.splitlines()) <= 40
         assert not re.search(r"/content|/kaggle|!pip|%pip", cell.source)
+
+
+def test_post_mortem_points_to_what_there_is():
+    text = prose(nbformat.read(ROOT / "notebooks" / "06_post_mortem.ipynb", as_version=4))
+    tests = re.findall(r"`(tests/\w+\.py)::(\w+)`", text)
+    assert tests and all(f"def {name}(" in (ROOT / file).read_text(encoding="utf-8") for file, name in tests)
+    made_in = re.findall(r"`((?:classifier|evaluation|layouts|backbone|data)\.[\w.]+)`", text)
+    assert len(made_in) > 5
+    for name in made_in:
+        module, *parts = name.split(".")
+        functools.reduce(getattr, parts, importlib.import_module(f"stgan_utils.{module}"))

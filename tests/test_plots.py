@@ -55,3 +55,22 @@ def test_few_images_make_a_figure_too(count, tmp_path):
     plots.real_above_generated(images, images[:1], "x").savefig(tmp_path / "above.png")
     fig = plots.pairs(images, images, ["a"] * count)
     assert len([ax for part in fig.subfigs for ax in part.axes]) == 2 * count
+
+
+def test_subgroups_with_few_images_are_pale_and_every_group_has_its_count(tmp_path):
+    groups = pd.DataFrame({"column": ["age", "age", "sex"], "group": ["0–29", "75+", "female"], "images": [3, 40, 43]})
+    groups = groups.assign(classes=[1, 2, 2])
+    for name in ("accuracy", "balanced_accuracy"):
+        groups = groups.assign(**{name: [1.0, 0.5, None], f"{name}_low": [1.0, 0.4, None], f"{name}_high": 1.0})
+    fig = plots.subgroups(groups)
+    fig.savefig(tmp_path / "a.png")
+    ax = fig.axes[0]
+    labels = [label.get_text() for label in ax.get_yticklabels()]
+    ends = ["(n = 3, 1 class)", "(n = 40, 2 classes)", "(n = 43, 2 classes)"]
+    assert labels == [
+        f"{name}  {end}" for name, end in zip(["age: 0–29", "age: 75+", "sex: female"], ends, strict=True)
+    ]
+    shown = {True: set(), False: set()}
+    for line in ax.lines:
+        shown[line.get_alpha() < 1] |= {x for x in line.get_xdata() if not np.isnan(x)}
+    assert shown == {True: {1.0}, False: {0.5}}

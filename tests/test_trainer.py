@@ -1,8 +1,8 @@
 """The GAN loop: resuming to the bit, the best checkpoint, and stopping in good order when something goes wrong."""
 
-import errno
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -103,7 +103,7 @@ def test_killed_and_resumed_is_bit_identical_to_never_killed(tmp_path, whole):
     process = subprocess.Popen(command, env={**os.environ, "PYTHONPATH": str(ROOT)}, stderr=subprocess.DEVNULL)
     began = time.monotonic()
     while not (tmp_path / "checkpoint.safetensors").exists():
-        assert process.poll() is None and time.monotonic() - began < 120
+        assert process.poll() is None and time.monotonic() - began < 400
         time.sleep(0.005)
     process.send_signal(signal.SIGKILL)
     assert process.wait() == -signal.SIGKILL
@@ -140,13 +140,12 @@ def test_stopped_in_time_and_resumed_is_bit_identical(tmp_path, whole):
 
 
 def test_a_finished_run_is_not_trained_again(tmp_path, whole):
-    before = tensors(whole / "generator.safetensors")
-    gan = GanTrainer(replace(STAGE1, max_minutes=0), IMAGES, whole, evaluate=lambda _: pytest.fail("evaluated again"))
+    folder = shutil.copytree(whole, tmp_path / "copy")
+    gan = GanTrainer(replace(STAGE1, max_minutes=0), IMAGES, folder, evaluate=lambda _: pytest.fail("evaluated again"))
     history, quality = gan.run()
     pd.testing.assert_frame_equal(history, pd.read_csv(whole / "history.csv"))
     assert history["iteration"].tolist() == [3, 6, 9, 10, 12] and quality["iteration"].tolist() == [0, 12]
-    after = tensors(whole / "generator.safetensors")
-    assert all(torch.equal(before[key], after[key]) for key in before)
+    assert_same_run(folder, whole)
 
 
 def test_evaluating_and_sampling_do_not_disturb_training(tmp_path, whole2, whole):
@@ -300,17 +299,13 @@ def test_nan_before_any_checkpoint_says_so(tmp_path, monkeypatch):
     assert not (tmp_path / "checkpoint.safetensors").exists()
 
 
-@pytest.mark.parametrize(
-    "error",
-    [OSError(errno.ENOSPC, "No space left on device"), SafetensorError("No space left on device (os error 28)")],
-)
-def test_full_disk_leaves_the_last_checkpoint(tmp_path, monkeypatch, whole, error):
+def test_full_disk_leaves_the_last_checkpoint(tmp_path, monkeypatch, whole):
     save_file = checkpoints.save_file
 
     def full(contents, path, **more):
         if json.loads(more["metadata"]["header"])["iteration"] > 3:
             Path(path).write_bytes(b"half")
-            raise error
+            raise SafetensorError("I/O error: No space left on device (os error 28)")
         save_file(contents, path, **more)
 
     with monkeypatch.context() as patch, pytest.raises(UserError, match=r"disk is full: .*checkpoint\.safetensors"):
