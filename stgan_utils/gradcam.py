@@ -4,6 +4,8 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
+STRIDE = 32  # MobileNetV2: five convolutions of stride 2
+
 
 def grad_cam(model, images, codes):
     """One map an image: how much each place spoke *for* one class, 0 (nothing or against it) to 1 (most of this image).
@@ -37,5 +39,16 @@ def grad_cam(model, images, codes):
     (gradient,) = torch.autograd.grad(asked, kept[0])
     weights = gradient.mean((2, 3), keepdim=True)
     maps = F.relu((weights * kept[0].detach()).sum(1, keepdim=True))
-    maps = F.interpolate(maps, size=images.shape[1:3], mode="bilinear", align_corners=False)[:, 0]
+    maps = _enlarged(maps, model.size)
     return (maps / maps.amax((1, 2), keepdim=True).clamp_min(1e-12)).cpu().numpy()
+
+
+def _enlarged(maps, size):
+    """Maps (N, 1, C, C) as (N, size, size), each cell where it looks.
+
+    A convolution of stride 2 with a border of 1 puts its cell i over pixel 2 i, so that five of them look at pixel 32 i
+    and not at the middle of the i-th tile: plain enlarging would shift every map by 16 pixels to the lower right.
+    """
+    at = torch.arange(size, device=maps.device) / STRIDE * 2 / max(1, maps.shape[-1] - 1) - 1
+    grid = torch.stack(torch.meshgrid(at, at, indexing="xy"), -1).expand(len(maps), -1, -1, -1)
+    return F.grid_sample(maps, grid, padding_mode="border", align_corners=True)[:, 0]

@@ -3,12 +3,11 @@
 import numpy as np
 import pytest
 import torch
-from torch.nn import functional as F
 from torch.optim.swa_utils import update_bn
 
 from stgan_utils.backbone import IMAGENET_SCALING
 from stgan_utils.classifier import Classifier, to_float
-from stgan_utils.gradcam import grad_cam
+from stgan_utils.gradcam import _enlarged, grad_cam
 from stgan_utils.lesions import CLASSES, PRIOR_TRAINING_ORDER
 
 SIZE = 96  # maps of 3 × 3
@@ -32,9 +31,11 @@ def by_hand(model, images, codes):
     with torch.no_grad():
         features = model.features((to_float(torch.from_numpy(images)) - model.mean) / model.std)
         weights = model.head[1].weight[[model.classes.index(code) for code in codes]]
-        maps = torch.einsum("nk,nkhw->nhw", weights, features).clamp_min(0)
-    maps = F.interpolate(maps[:, None], size=images.shape[1:3], mode="bilinear", align_corners=False)[:, 0]
-    return (maps / maps.amax((1, 2), keepdim=True).clamp_min(1e-12)).numpy()
+        maps = torch.einsum("nk,nkhw->nhw", weights, features).clamp_min(0).numpy()
+    cells, pixels = np.arange(0, SIZE, 32), np.arange(SIZE)
+    for axis in (1, 2):
+        maps = np.apply_along_axis(lambda line: np.interp(pixels, cells, line), axis, maps)
+    return maps / maps.max((1, 2), keepdims=True).clip(1e-12)
 
 
 def test_equals_the_closed_form(model, pictures):
@@ -57,6 +58,20 @@ def test_leaves_the_model_as_it_was_and_takes_frozen_and_fused_ones(model, pictu
     assert all(parameter.grad is None for parameter in model.parameters())
     assert before.equals(model.predict_proba(pictures))
     assert np.allclose(grad_cam(model.fused().requires_grad_(False), pictures, CLASSES), expected, atol=1e-2)
+
+
+def test_a_cell_is_drawn_where_it_looks(model):
+    """What the middle of a map depends on, by its gradient in the image, lies around the pixel where it is drawn."""
+    size, cell = 320, 5
+    image = torch.zeros(1, 3, size, size, requires_grad=True)
+    (gradient,) = torch.autograd.grad(model.features(image)[0, :, cell, cell].sum(), image)
+    strength = gradient.square().sum((0, 1))
+    looked_at = (strength.sum(0) * torch.arange(size)).sum() / strength.sum()
+    spot = torch.zeros(1, 1, 10, 10)
+    spot[0, 0, cell, cell] = 1
+    row, column = divmod(_enlarged(spot, size)[0].argmax().item(), size)
+    assert row == column == 32 * cell
+    assert abs(looked_at - column) < 5 < abs(looked_at - (32 * cell + 15.5))
 
 
 def test_nothing_for_a_class_is_a_map_of_zeros(model, pictures):
