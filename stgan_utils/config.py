@@ -208,15 +208,15 @@ PROFILES = {
     },
     # `make run`: at most ten minutes on two cores, pictures worth looking at.
     "demo": {
-        "data": {"phantom_images": 1000, "phantom_size": 64},
+        "data": {"phantom_images": 1200, "phantom_size": 64},
         "baseline": {"size": 64, "epochs": 6},
         "classifier": {"size": 64, "epochs": 6},
         "stage1": {
             "ngf": 16,
-            "iterations": 320,
+            "iterations": 240,
             "checkpoint_every": 80,
             "sample_every": 80,
-            "evaluate_every": 160,
+            "evaluate_every": 120,
             "quality_images": 200,
         },
         "stage2": {

@@ -7,7 +7,7 @@ from PIL import Image
 from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import GroupKFold, cross_val_predict
 
-from stgan_utils import data, phantom
+from stgan_utils import config, data, phantom
 from stgan_utils.config import UserError
 from stgan_utils.lesions import CLASSES
 
@@ -115,3 +115,11 @@ def test_phantom_loads_and_splits(phantom_dir, tmp_path, monkeypatch):
     monkeypatch.setenv("STGAN_CACHE", str(tmp_path))
     table = data.split_by_lesion(data.load_dataset(phantom_dir))
     assert (table.groupby(["label", "split"]).size().unstack() > 0).all(axis=None)
+
+
+@pytest.mark.parametrize("profile", ["smoke", "demo"])
+def test_profiles_draw_enough_of_every_class_for_a_batch_of_stage2(profile):
+    settings = config.resolve("data", profile)
+    drawn = data.load_dataset("phantom", phantom=(settings.phantom_images, settings.phantom_size, settings.seed))
+    train = data.split_by_lesion(drawn, seed=settings.seed).query("split == 'train'")
+    assert train["label"].value_counts().reindex(CLASSES).min() >= config.resolve("stage2", profile).batch_size
