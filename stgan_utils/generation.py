@@ -198,9 +198,15 @@ def generate(checkpoint, count, folder, seed=0, truncation=1.0, code=None):
         rows = write_images(generator, code, count, seed, made, sha256(checkpoint), truncation)
         grid = mosaic(np.stack([np.asarray(Image.open(made / file)) for file in rows["file"][:GRID]]))
         Image.fromarray(grid).save(made / "grid.png")
-        first, *others = map(Image.fromarray, interpolation(generator, seed, truncation=truncation))
+        first, *others = _film(interpolation(generator, seed, truncation=truncation))
         first.save(made / "interpolation.gif", save_all=True, append_images=others, duration=60, loop=0)
     return rows
+
+
+def _film(frames):
+    """Frames with one palette for them all: with one for each, colours flicker and the file takes six times as long."""
+    side, sheet = frames.shape[1], Image.fromarray(mosaic(frames, columns=1)).quantize()
+    return [sheet.crop((0, top, side, top + side)) for top in range(0, sheet.height, side)]
 
 
 def list_synthetic(run_dir):

@@ -65,7 +65,7 @@ def test_page_is_self_contained_escaped_and_complete(tmp_path):
     text = report.build(tmp_path).read_text(encoding="utf-8")
     page = Page(text)
     assert page.tags.count("img") == 5
-    assert all(source.startswith("data:image/png;base64,") for source in page.sources)
+    assert all(source.startswith("data:image/webp;base64,") for source in page.sources)
     inside = ("#", "data:", "notebooks/")
     assert all(link.startswith(inside) for link in page.links)
     assert "notebooks/01_baseline.ipynb" in page.links
