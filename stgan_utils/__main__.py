@@ -126,7 +126,8 @@ def list_weights(folder: Folder = None):
         found = weights.find(name, folder)
         megabytes = f"{asset['bytes'] / 1e6:.1f} MB" if asset["bytes"] else "? MB"
         kaggle, url = asset["sources"]["kaggle"], asset["sources"]["url"]
-        where = found or f"to fetch from {'Kaggle, ' + kaggle['slug'] if kaggle else url}"
+        source = f"to fetch from Kaggle, {kaggle['slug']}" if kaggle else url and f"to fetch from {url}"
+        where = found or source or "missing: `git checkout weights` brings it back"
         print(f"{name:28} {asset['stage']:10} {megabytes:>9}  {where}")
 
 

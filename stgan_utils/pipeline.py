@@ -140,7 +140,7 @@ def run_step(step, parameters):
                 kernel_name="python3",
                 progress_bar=False,
                 cwd=str(step.notebook.parent),
-                extra_arguments=["--IPKernelApp.log_level=ERROR"],
+                extra_arguments=["--IPKernelApp.log_level=CRITICAL"],
             )
         except (papermill.PapermillExecutionError, DeadKernelError) as error:
             failure = error

@@ -79,7 +79,8 @@ def check_folder(run_dir, step, settings, data, inputs=None):
     """
     folder = Path(run_dir) / step
     begun_with = folder / "settings.json"
-    if not begun_with.exists() or list(folder.iterdir()) == [begun_with]:  # nothing made yet
+    made = {path.name for path in folder.iterdir()} - {begun_with.name, "figures"} if folder.exists() else ()
+    if not begun_with.exists() or not made:  # pictures of what was to be done are no work to lose
         return
     begun = files.read_json(begun_with)
     there, asked = _compared(begun["settings"]), _compared(settings)

@@ -533,6 +533,8 @@ def test_commands(place, server, monkeypatch, capsys):
     assert run(monkeypatch, capsys, "path", "near")[:2] == (0, f"{place / 'cache' / 'weights' / 'near.bin'}\n")
     code, out, _ = run(monkeypatch, capsys, "verify")
     assert code == 0 and [line.split(":")[0] for line in out.splitlines()] == ["model", "near"]
+    file.unlink()
+    assert "missing: `git checkout weights`" in run(monkeypatch, capsys, "list")[1].splitlines()[0]
     file.write_bytes(CONTENT[1:])
     code, out, err = run(monkeypatch, capsys, "verify")
     assert code == 2 and out.startswith("near") and err.startswith(str(file)) and err.count("\n") == 1
