@@ -6,7 +6,6 @@ missing or left over, and a pickle is never executed.
 
 import json
 import pickle
-import subprocess
 from pathlib import Path
 
 import torch
@@ -17,17 +16,9 @@ from stgan_utils.config import UserError
 from stgan_utils.fastgan import Discriminator, Generator
 from stgan_utils.files import atomic_path, sha256
 from stgan_utils.lesions import CLASSES
+from stgan_utils.runs import git_commit
 
 FORMAT = "stgan-1"
-
-
-def git_commit():
-    """The commit of the checkout that this package runs from, or None."""
-    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
-    try:
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return None
 
 
 def save(path, tensors, header):

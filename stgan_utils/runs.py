@@ -4,7 +4,6 @@ Every step owns `RUN_DIR/<step>/`. `settings.json` says what the folder was begu
 finished. Both are compared with what is asked for, so that two runs never mix in one folder.
 """
 
-import contextlib
 import hashlib
 import json
 import math
@@ -270,9 +269,16 @@ def _versions():
             found[name] = version(name)
         except PackageNotFoundError:
             found[name] = None
+    return {**found, "git": git_commit()}
+
+
+def git_commit():
+    """The commit of the checkout that this package runs from, or None: installed, or on a machine without git."""
     root = Path(__file__).resolve().parents[1]
-    if (root / ".git").exists():
-        with contextlib.suppress(FileNotFoundError):  # a machine without git
-            git = subprocess.run(["git", "-C", root, "rev-parse", "HEAD"], capture_output=True, text=True)
-            found["git"] = git.stdout.strip() or None
-    return found
+    if not (root / ".git").exists():  # git itself would go on to a repository that happens to lie around it
+        return None
+    command = ["git", "-C", str(root), "rev-parse", "HEAD"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None

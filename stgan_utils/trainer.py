@@ -298,7 +298,7 @@ class GanTrainer:
         s = self.settings
         if force or self.iteration % s.sample_every == 0:
             pictures = samples(self.ema)
-            grid = np.concatenate(np.concatenate(pictures.reshape(GRID, GRID, s.size, s.size, 3), axis=1), axis=1)
+            grid = generation.mosaic(pictures, GRID)
             with atomic_path(self.folder / "samples" / f"{self.iteration:06d}.png") as temporary:
                 Image.fromarray(grid).save(temporary)
             if self.on_sample:
