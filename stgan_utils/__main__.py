@@ -23,7 +23,10 @@ data_app = typer.Typer(help="Datasets.", no_args_is_help=True)
 app.add_typer(data_app, name="data")
 weights_app = typer.Typer(help="Trained weights: what there is, getting it, checking it.", no_args_is_help=True)
 app.add_typer(weights_app, name="weights")
+arms_app = typer.Typer(help="The experiment: recipes side by side, on real lesions.", no_args_is_help=True)
+app.add_typer(arms_app, name="arms")
 
+RunDir = Annotated[Path, typer.Option("--run", help="A run folder on real images, steps 00 to 04 done.")]
 Folder = Annotated[
     Path | None, typer.Option("--dir", help="A folder of weights to look in first; or the variable STGAN_WEIGHTS.")
 ]
@@ -66,14 +69,13 @@ def predict(
     model: Annotated[
         str, typer.Option(help="A classifier's file (.safetensors) or its name in the manifest.")
     ] = "classifier-mobilenetv2",
-    tta: Annotated[bool, typer.Option("--tta", help="Average over flips: four times as slow.")] = False,
 ):
     """Classify images. Not a medical device: the probabilities are no diagnosis."""
     from stgan_utils.classifier import Classifier
     from stgan_utils.predict import predict_folder
     from stgan_utils.weights import resolve
 
-    written, unreadable = predict_folder(Classifier.load(resolve(model)), images, out, tta=tta)
+    written, unreadable = predict_folder(Classifier.load(resolve(model)), images, out)
     for name, reason in unreadable:
         print(f"no row for {name}: {reason}", file=sys.stderr)
     print(f"{written:,} rows: {out}. Not a medical device: these are no diagnoses.", file=sys.stderr)
@@ -96,6 +98,44 @@ def generate(
 
     rows = generation.generate(resolve(weights), count, out, seed, truncation, lesion)
     print(f"{len(rows):,} images, grid.png and interpolation.gif: {out}")
+
+
+@arms_app.command("train")
+def train_arms(
+    names: Annotated[list[str], typer.Argument(help="Arms, as `stgan_utils/arms.py` lists them.")],
+    run_dir: RunDir,
+    seeds: Annotated[int, typer.Option(help="How many, from 0 on.")] = 3,
+):
+    """Train arms of the experiment; finished ones are left alone, a killed one goes on."""
+    from stgan_utils import arms
+
+    for name in names:
+        for seed in range(seeds):
+            print(arms.train(name, run_dir, seed))
+
+
+@arms_app.command("table")
+def table_of_arms(run_dir: RunDir):
+    """Compare all trained arms on the real test lesions: RUN/arms/arms.csv, arms.md, arms.png."""
+    from stgan_utils import arms
+
+    print(arms.write_comparison(run_dir))
+
+
+@arms_app.command("judge")
+def judge_arm(name: Annotated[str, typer.Argument(help="A trained arm.")], run_dir: RunDir):
+    """Every figure of one arm (seed 0) on the real test lesions: test.json, subgroups.csv beside its model."""
+    from stgan_utils import arms
+
+    print(arms.write_judgement(name, run_dir))
+
+
+@arms_app.command("refit")
+def refit_arm(name: Annotated[str, typer.Argument(help="A trained arm without generated images.")], run_dir: RunDir):
+    """Train an arm's recipe once more on all real images, held-out ones too; `weights release` publishes it."""
+    from stgan_utils import arms
+
+    print(arms.refit(name, run_dir))
 
 
 @app.command()

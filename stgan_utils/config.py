@@ -11,6 +11,12 @@ from stgan_utils.lesions import CLASSES
 SIZES = (64, 128, 256, 512)
 PERCEPTUAL = ("vgg", "squeeze", "mobilenet", "l1")
 AUGMENTATIONS = ("color", "translation")
+CHOICES = {  # of the classifier
+    "pretrained": ("auto", "none"),
+    "sampling": ("natural", "balanced"),
+    "augmentation": ("standard", "trivial"),
+    "mix": ("none", "mixup", "cutmix"),
+}
 
 
 class UserError(Exception):
@@ -128,13 +134,33 @@ class ClassifierSettings:
     logit_adjustment: float = 1.0
     # "auto": the best backbone that can be had, "none": random weights.
     pretrained: str = "auto"
+    # A classifier of ours to begin with instead: the second phase of a training.
+    start_from: str = ""
+    # Feature blocks, counted from the image, that stay as pretrained: the largest share of a step's time.
+    frozen_blocks: int = 0
+    # "natural": every image once an epoch, "balanced": every class equally often.
+    sampling: str = "natural"
+    # Images an epoch draws; 0: as many as there are. Arms of different size get the same number of steps by it.
+    epoch_images: int = 0
+    # "standard": geometry and light, "trivial": TrivialAugment before them.
+    augmentation: str = "standard"
+    mix: str = "none"
+    # When it answers: flips of an image averaged; what logits are divided by, unless validation images say better.
+    views: int = 1
+    temperature: float = 1.0
     bootstrap: int = 1000  # resamples behind every interval
 
     def __post_init__(self):
         _require(self.size >= 32, f"size is {self.size}, it must be at least 32.")
         for name in ("epochs", "batch_size", "bootstrap"):
             _require(getattr(self, name) > 0, f"{name} is {getattr(self, name)}, it must be above 0.")
-        _require(self.pretrained in ("auto", "none"), f"pretrained is {self.pretrained!r}: use 'auto' or 'none'.")
+        for name in ("frozen_blocks", "epoch_images"):
+            _require(getattr(self, name) >= 0, f"{name} is {getattr(self, name)}, it must not be negative.")
+        _require(self.temperature > 0, f"temperature is {self.temperature}, it must be above 0.")
+        _require(self.views in (1, 2, 4), f"views is {self.views}, it must be 1, 2 or 4.")
+        for name, choices in CHOICES.items():
+            value = getattr(self, name)
+            _require(value in choices, f"{name} is {value!r}, it must be one of {', '.join(choices)}.")
 
 
 @dataclass(frozen=True)

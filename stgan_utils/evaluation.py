@@ -77,6 +77,39 @@ def paired_difference(y_true, proba, other, groups=None, bootstrap=1000, seed=0)
     return _interval(ours - theirs)
 
 
+def over_seeds(y_true, probas, others, groups=None, bootstrap=1000, seed=0):
+    """Mean figures of a recipe trained with several seeds, and what it gains over another one.
+
+    A resample draws lesions and, apart from them, seeds: the interval holds what another sample of lesions *and*
+    another training would have changed. The same draws serve both recipes, seed by seed.
+
+    Args:
+        y_true: N class codes.
+        probas: for each seed N rows of probabilities, columns named by class; other columns are passed over.
+        others: the same of the recipe to compare with.
+        groups, bootstrap, seed: as `evaluate`.
+
+    Returns:
+        {name: {"value", "low", "high"}} of accuracy, balanced_accuracy, macro_auc, mel_sensitivity_at_90 and difference
+        (of the balanced accuracies).
+    """
+    if len(probas) != len(others):
+        raise ValueError(f"{len(probas)} seeds beside {len(others)}")
+    weights, _ = _resamples(len(y_true), groups, bootstrap, seed)
+    picks = np.random.default_rng([seed, 1]).integers(len(probas), size=(bootstrap, len(probas)))
+    picks = np.vstack([np.arange(len(probas)), picks])
+
+    def averaged(figures, name):
+        return np.stack([figure[name] for figure in figures], 1)[np.arange(bootstrap + 1)[:, None], picks].mean(1)
+
+    ours = [_figures(*_aligned(y_true, proba[list(CLASSES)]), weights) for proba in probas]
+    theirs = [_from_confusion(_confusion(*_aligned(y_true, proba[list(CLASSES)]), weights)) for proba in others]
+    names = ("accuracy", "balanced_accuracy", "macro_auc", "mel_sensitivity_at_90")
+    found = {name: averaged(ours, name) for name in names}
+    found["difference"] = found["balanced_accuracy"] - averaged(theirs, "balanced_accuracy")
+    return {name: _interval(values) for name, values in found.items()}
+
+
 def balanced_accuracy(y_true, proba):
     """Mean recall over the classes that `y_true` has."""
     y_true, proba = _aligned(y_true, proba)

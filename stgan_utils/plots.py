@@ -198,6 +198,31 @@ def metric_intervals(arms, names=METRICS, title="Real test split, 95 % intervals
     return _tidy(fig)
 
 
+def arms(table, shares, title="Arms of the experiment, real test lesions, 95 % intervals"):
+    """Balanced accuracy of each arm, its difference to the one to beat, and the curve over generated images.
+
+    Args:
+        table: `arms.compare`.
+        shares: {arm: share of the gap to balance that generated images fill, 0 … 1}, the points of the curve.
+    """
+    fig = Figure(figsize=(10, 0.34 * len(table) + 1.6), layout="constrained")
+    left, middle, right = fig.subplots(1, 3, width_ratios=(3, 3, 2.4))
+    y = np.arange(len(table))
+    for ax, name in ((left, "balanced_accuracy"), (middle, "difference")):
+        values, errors = _bars(_intervals(table, name))
+        ax.errorbar(values, y, xerr=errors, fmt="o", ms=4, capsize=2, color=COLOURS[0])
+        ax.set(ylim=(len(table) - 0.5, -0.5), xlabel=name.replace("_", " "))
+        ax.set_yticks(y, table["arm"] if ax is left else [])
+    middle.axvline(0, color="0.5", lw=0.8)
+    middle.set_xlabel(f"difference to {table.loc[table['to_beat'], 'arm'].item()}")
+    curve = table.set_index("arm").reindex([arm for arm in shares if arm in set(table["arm"])])
+    values, errors = _bars(_intervals(curve, "balanced_accuracy"))
+    right.errorbar([100 * shares[arm] for arm in curve.index], values, yerr=errors, fmt="o-", ms=4, capsize=2)
+    right.set(xlabel="generated images, % of the gap to balance", ylabel="balanced accuracy")
+    fig.suptitle(title, fontsize=10)
+    return _tidy(fig)
+
+
 def recall_per_class(arms, title="Recall per class, real test split, 95 % intervals"):
     """Bars per class with their intervals, one for each arm; the number of test images below the class.
 
@@ -309,6 +334,11 @@ def heatmaps(images, maps, titles, title=""):
         ax.set_ylabel(name, fontsize=8)
     fig.suptitle(title, fontsize=10)
     return fig
+
+
+def _intervals(table, name):
+    columns = {"value": name, "low": f"{name}_low", "high": f"{name}_high"}
+    return [{key: row[column] for key, column in columns.items()} for _, row in table.iterrows()]
 
 
 def _bars(intervals):

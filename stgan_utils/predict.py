@@ -23,7 +23,7 @@ from stgan_utils.layouts import IMAGE_SUFFIXES
 ISIC_ORDER = ("MEL", "NV", "BCC", "AKIEC", "BKL", "DF", "VASC")
 
 
-def predict_folder(model, source, out, batch_size=None, tta=False):
+def predict_folder(model, source, out, batch_size=None):
     """Write a classifier's probabilities for every image as CSV: `image,MEL,NV,BCC,AKIEC,BKL,DF,VASC`.
 
     One row an image, sorted by image id (the file's name without its suffix); each row sums to 1 within rounding.
@@ -33,7 +33,6 @@ def predict_folder(model, source, out, batch_size=None, tta=False):
         source: a folder (read with all below it), one image file, or a zip archive (read without unpacking it).
         out: file to write, whole or not at all; "-" is standard output.
         batch_size: images at a time; by default 32 on a CPU, 256 on a GPU.
-        tta: average over flips: better by a little, four times as slow.
 
     Returns:
         (rows written, [(file, why) that could not be read and has no row]).
@@ -56,7 +55,7 @@ def predict_folder(model, source, out, batch_size=None, tta=False):
                 ]
                 if any(good):
                     pixels = np.stack([image for image, ok in zip(images, good, strict=True) if ok])
-                    table = model.predict_proba(pixels, batch_size=batch_size, tta=tta)[list(ISIC_ORDER)]
+                    table = model.predict_proba(pixels, batch_size=batch_size)[list(ISIC_ORDER)]
                     ids = [image_id for (image_id, _), ok in zip(names, good, strict=True) if ok]
                     for image_id, row in zip(ids, table.to_numpy(), strict=True):
                         writer.writerow([image_id, *(f"{value:.8f}" for value in row)])

@@ -10,12 +10,13 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch.optim.swa_utils import update_bn
 
-from stgan_utils import checkpoints
+from stgan_utils import checkpoints, finetune
 from stgan_utils import classifier as clf
 from stgan_utils.backbone import IMAGENET_SCALING, KERAS_SCALING
 from stgan_utils.config import ClassifierSettings, UserError
 from stgan_utils.evaluation import balanced_accuracy
 from stgan_utils.lesions import CLASSES, PRIOR_TRAINING_ORDER
+from stgan_utils.views import augment
 
 SETTINGS = ClassifierSettings(size=32, epochs=2, batch_size=16, pretrained="none")
 COLOURS = np.array(
@@ -53,14 +54,14 @@ def model(pictures):
 def test_adjusted_loss_closed_form():
     targets = torch.tensor([0, 0, 0, 1, 2, 3, 4, 5, 5, 6])
     prior = torch.tensor([3, 1, 1, 1, 1, 2, 1]) / 10
-    assert torch.allclose(clf.log_prior(targets).exp(), prior)
+    assert torch.allclose(finetune.log_prior(targets).exp(), prior)
     logits, tau = torch.randn(10, 7, generator=torch.Generator().manual_seed(0)), 0.7
-    loss = clf.adjusted_loss(logits, targets, tau * clf.log_prior(targets))
+    loss = finetune.adjusted_loss(logits, targets, tau * finetune.log_prior(targets))
     # Menon et al., eq. 10: −log( π_y^τ e^{f_y} / Σ π_c^τ e^{f_c} )
     raised = prior**tau * logits.exp()
     assert loss == pytest.approx(-torch.log(raised[range(10), targets] / raised.sum(1)).mean().item(), rel=1e-5)
     # Logits that know nothing cost the prior's entropy: to gain, they must tell images apart, not guess the majority.
-    silent = clf.adjusted_loss(torch.zeros(10, 7), targets, clf.log_prior(targets))
+    silent = finetune.adjusted_loss(torch.zeros(10, 7), targets, finetune.log_prior(targets))
     assert silent == pytest.approx(-(prior * prior.log()).sum().item(), rel=1e-5)
 
 
@@ -144,11 +145,12 @@ def test_folding_batch_norm_and_flips_keep_the_answers(model, pictures):
     proba = model.predict_proba(pictures)
     pd.testing.assert_frame_equal(model.fused().predict_proba(pictures), proba, atol=1e-3)
     assert not any(isinstance(module, torch.nn.BatchNorm2d) for module in model.fused().modules())
-    flipped = model.predict_proba(pictures[:, ::-1, ::-1], tta=True)
-    pd.testing.assert_frame_equal(flipped, model.predict_proba(pictures, tta=True), atol=1e-3)
     pd.testing.assert_frame_equal(
         model.predict_proba(pictures, rows=[5, 2], batch_size=1), proba.loc[[5, 2]].reset_index(drop=True), atol=1e-3
     )
+    model.answering["views"] = 4
+    flipped = model.predict_proba(pictures[:, ::-1, ::-1])
+    pd.testing.assert_frame_equal(flipped, model.predict_proba(pictures), atol=1e-3)
 
 
 # --- training -----------------------------------------------------------------------------------------------------
@@ -157,23 +159,23 @@ def test_folding_batch_norm_and_flips_keep_the_answers(model, pictures):
 def test_augment_keeps_range_and_content_and_varies():
     images = torch.rand(1, 3, 32, 32, generator=torch.Generator().manual_seed(0)).repeat(64, 1, 1, 1)
     torch.manual_seed(1)
-    views = clf.augment(images)
+    views = augment(images)
     assert views.shape == images.shape and views.min() >= 0 and views.max() <= 1
     assert len({view.mean().item() for view in views}) == 64  # each image its own draw
     assert views.mean() == pytest.approx(images.mean().item(), abs=0.03)
     torch.manual_seed(1)
-    assert torch.equal(views, clf.augment(images))
+    assert torch.equal(views, augment(images))
 
 
 def test_learns_a_separable_set_from_nothing(tmp_path):
     images, labels = toy(203)
     settings = replace(SETTINGS, epochs=4, learning_rate=3e-3)
-    history = clf.train(settings, images, labels, np.arange(168), np.arange(168, 203), tmp_path)
+    history = finetune.train(settings, images, labels, np.arange(168), np.arange(168, 203), tmp_path)
     best = history["val_balanced_accuracy"].max()
     assert best > 0.95
     assert history["train_loss"].iloc[-1] < history["train_loss"].iloc[0] / 2
     # What was saved is the best epoch, and it does as well when it is loaded.
-    model = clf.Classifier.load(tmp_path / clf.MODEL_FILE)
+    model = clf.Classifier.load(tmp_path / finetune.MODEL_FILE)
     assert balanced_accuracy(labels[168:], model.predict_proba(images[168:])) == pytest.approx(best)
     assert model.settings["backbone"] == "MobileNetV2 (random weights)"
 
@@ -181,7 +183,7 @@ def test_learns_a_separable_set_from_nothing(tmp_path):
 def test_killed_and_resumed_ends_bit_identical(tmp_path):
     images, labels = toy(64)
     sets = (images, labels, np.arange(49), np.arange(49, 64))
-    through = clf.train(SETTINGS, *sets, tmp_path / "through")
+    through = finetune.train(SETTINGS, *sets, tmp_path / "through")
 
     class Killed(Exception):
         pass
@@ -190,32 +192,32 @@ def test_killed_and_resumed_ends_bit_identical(tmp_path):
         raise Killed
 
     with pytest.raises(Killed):
-        clf.train(SETTINGS, *sets, tmp_path / "killed", on_epoch=kill)
+        finetune.train(SETTINGS, *sets, tmp_path / "killed", on_epoch=kill)
     torch.rand(5)  # the resumed process has another past
     epochs = []
-    resumed = clf.train(SETTINGS, *sets, tmp_path / "killed", on_epoch=lambda history: epochs.append(len(history)))
+    resumed = finetune.train(SETTINGS, *sets, tmp_path / "killed", on_epoch=lambda history: epochs.append(len(history)))
     assert epochs == [2]
     speed = ["images_per_second"]
     pd.testing.assert_frame_equal(through.drop(columns=speed), resumed.drop(columns=speed), check_exact=True)
-    ours, theirs = (load_file(tmp_path / run / clf.MODEL_FILE) for run in ("through", "killed"))
+    ours, theirs = (load_file(tmp_path / run / finetune.MODEL_FILE) for run in ("through", "killed"))
     assert ours.keys() == theirs.keys() and all(torch.equal(ours[key], theirs[key]) for key in ours)
     # A finished run is not trained again, and another run does not mix with it.
-    pd.testing.assert_frame_equal(clf.train(SETTINGS, *sets, tmp_path / "killed"), resumed)
+    pd.testing.assert_frame_equal(finetune.train(SETTINGS, *sets, tmp_path / "killed"), resumed)
     with pytest.raises(UserError, match="learning_rate differ"):
-        clf.train(replace(SETTINGS, learning_rate=0.1), *sets, tmp_path / "killed")
+        finetune.train(replace(SETTINGS, learning_rate=0.1), *sets, tmp_path / "killed")
     with pytest.raises(UserError, match="train differ"):
-        clf.train(SETTINGS, images, labels, np.arange(48), sets[3], tmp_path / "killed")
+        finetune.train(SETTINGS, images, labels, np.arange(48), sets[3], tmp_path / "killed")
 
 
 def test_wrong_sets_and_nan_say_what_to_do(tmp_path):
     images, labels = toy(40)
     rows, val = np.arange(30), np.arange(30, 40)
     with pytest.raises(UserError, match="No training image of DF, VASC"):
-        clf.train(SETTINGS, images, labels, rows[~np.isin(labels[:30], ["DF", "VASC"])], val, tmp_path)
+        finetune.train(SETTINGS, images, labels, rows[~np.isin(labels[:30], ["DF", "VASC"])], val, tmp_path)
     with pytest.raises(UserError, match="lower batch_size=64"):
-        clf.train(replace(SETTINGS, batch_size=64), images, labels, rows, val, tmp_path)
+        finetune.train(replace(SETTINGS, batch_size=64), images, labels, rows, val, tmp_path)
     with pytest.raises(UserError, match="validation"):
-        clf.train(SETTINGS, images, labels, rows, val[:0], tmp_path)
+        finetune.train(SETTINGS, images, labels, rows, val[:0], tmp_path)
     with pytest.raises(UserError, match=r"NaN in epoch \d.*lower learning_rate"):
-        clf.train(replace(SETTINGS, learning_rate=math.inf), images, labels, rows, val, tmp_path)
-    assert not (tmp_path / clf.MODEL_FILE).exists()
+        finetune.train(replace(SETTINGS, learning_rate=math.inf), images, labels, rows, val, tmp_path)
+    assert not (tmp_path / finetune.MODEL_FILE).exists()

@@ -82,7 +82,7 @@ def test_zip_and_single_file_give_the_same_rows(model, folder, predicted, tmp_pa
     pd.testing.assert_frame_equal(zipped, pd.read_csv(predicted[0]), atol=1e-6)
     assert (written, len(unreadable)) == (68, 2)
 
-    assert predict_folder(model, folder / "part_0" / "ISIC_0000004.jpg", tmp_path / "one.csv", tta=False) == (1, [])
+    assert predict_folder(model, folder / "part_0" / "ISIC_0000004.jpg", tmp_path / "one.csv") == (1, [])
     one = pd.read_csv(tmp_path / "one.csv")
     pd.testing.assert_frame_equal(one, zipped[zipped["image"] == "ISIC_0000004"].reset_index(drop=True), atol=1e-3)
 

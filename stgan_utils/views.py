@@ -1,0 +1,61 @@
+"""Random views of real and generated images for the classifier: what a dermoscope could have seen as well."""
+
+import math
+
+import torch
+from torch.nn import functional as F
+from torchvision.transforms import v2
+
+from stgan_utils.lesions import CLASSES
+
+_trivial = v2.TrivialAugmentWide()
+_MIX = {
+    "mixup": v2.MixUp(alpha=0.2, num_classes=len(CLASSES)),
+    "cutmix": v2.CutMix(alpha=1.0, num_classes=len(CLASSES)),
+}
+
+
+def augment(images):
+    """Random views of float (N, 3, S, S) images in [0, 1]; each image its own, the whole batch at once.
+
+    A dermoscope has no up: flips and any quarter turn, ± 20°, zoom ± 20 %, shift ± 10 %, mirrored at the border. Light
+    and cameras differ: brightness, contrast, saturation ± 20 %, each channel ± 5 %.
+    """
+    count, like = len(images), {"device": images.device}
+    flip = torch.randint(0, 2, (count,), **like) * 2.0 - 1
+    turn = torch.randint(0, 4, (count,), **like) * (math.pi / 2) + torch.empty(count, **like).uniform_(-1, 1) * 0.35
+    zoom = torch.exp(torch.empty(count, **like).uniform_(-0.2, 0.2))
+    cos, sin = torch.cos(turn) * zoom, torch.sin(turn) * zoom
+    shift = torch.empty(2, count, **like).uniform_(-0.2, 0.2)  # the side of the image is 2
+    rows = torch.stack([cos * flip, -sin, shift[0], sin * flip, cos, shift[1]], 1)
+    grid = F.affine_grid(rows.view(count, 2, 3), list(images.shape), align_corners=False)
+    images = F.grid_sample(images, grid, padding_mode="reflection", align_corners=False)
+
+    brightness, contrast, saturation = torch.empty(3, count, 1, 1, 1, **like).uniform_(0.8, 1.2)
+    tint = torch.empty(count, 3, 1, 1, **like).uniform_(0.95, 1.05)
+    grey = images.mean(1, keepdim=True)
+    images = grey + (images - grey) * saturation
+    level = images.mean((1, 2, 3), keepdim=True)
+    return ((images - level) * contrast + level).mul(brightness * tint).clamp(0, 1)
+
+
+def trivial_augment(images):
+    """TrivialAugment (S. G. Müller, F. Hutter, ICCV 2021), as torchvision has it: one random strong operation an image.
+
+    Args and returns: uint8 (N, S, S, 3).
+    """
+    return torch.stack([_trivial(image) for image in images.permute(0, 3, 1, 2)]).permute(0, 2, 3, 1)
+
+
+def mix(images, targets, kind):
+    """Pairs of images joined, their labels in the same shares.
+
+    Args:
+        images: float (N, 3, S, S).
+        targets: class numbers (N,).
+        kind: "mixup" (H. Zhang et al., ICLR 2018, α = 0.2), "cutmix" (S. Yun et al., ICCV 2019, α = 1) or "none".
+
+    Returns:
+        (images, targets): float (N, 3, S, S), and class shares (N, classes) or, for "none", the class numbers.
+    """
+    return (images, targets) if kind == "none" else _MIX[kind](images, targets)
