@@ -22,18 +22,21 @@ KINDS = {"real": False, "generated": True}
 # What all arms share. The first blocks are half of a step's time and hold a hundredth of the weights: frozen, three
 # seeds of each arm become affordable on a CPU.
 RECIPE = {"size": 96, "epochs": 5, "frozen_blocks": 4}
-# The one that is released: no arm of the comparison, it is larger and trained for longer.
-RELEASE = "release"
+# The one that is released: no arm of the comparison, it is larger and trained for longer, small images first.
+RELEASE, FIRST_PHASE = "release", "release-128px"
 
 
 class Arm(NamedTuple):
-    """`synthetic`: which generated images join ("" none, "raw", "dedup", "filtered"), `share`: how many of those that a
-    class lacks to be as large as the largest, 0 … 1."""
+    """A recipe: classifier settings beside `RECIPE`, and what else belongs to it."""
 
     text: str
     settings: dict
+    # Which generated images join ("" none, "raw", "dedup", "filtered"), and how many of those that a class lacks to be
+    # as large as the largest, 0 … 1.
     synthetic: str = ""
     share: float = 0.0
+    # The arm whose weights it begins with: it is the second phase of that one.
+    after: str = ""
 
 
 PLAIN, ADJUSTED = {"logit_adjustment": 0.0}, {"logit_adjustment": 1.0}
@@ -49,9 +52,14 @@ ARMS = {
     "gan-filtered": Arm("… deduplicated and filtered, to balance", ADJUSTED, "filtered", 1.0),
     "gan-filtered-50": Arm("… half of the way to balance", ADJUSTED, "filtered", 0.5),
     "gan-filtered-25": Arm("… a quarter of the way to balance", ADJUSTED, "filtered", 0.25),
-    RELEASE: Arm("the released recipe", ADJUSTED | {"size": 224, "epochs": 12, "views": 2}),
+    FIRST_PHASE: Arm("the released recipe, first phase", ADJUSTED | {"size": 128, "epochs": 10}),
+    RELEASE: Arm(
+        "the released recipe",
+        ADJUSTED | {"size": 224, "epochs": 6, "learning_rate": 5e-4, "views": 2},
+        after=FIRST_PHASE,
+    ),
 }
-COMPARED = [name for name in ARMS if name != RELEASE]
+COMPARED = [name for name in ARMS if name not in (RELEASE, FIRST_PHASE)]
 REAL_ONLY = [name for name in COMPARED if not ARMS[name].synthetic]
 # The curve over the share of generated images.
 SHARES = ["logit-adjustment", "gan-filtered-25", "gan-filtered-50", "gan-filtered"]
@@ -73,7 +81,8 @@ def train(name, run_dir, seed):
     """
     arm, run_dir = _arm(name), Path(run_dir)
     real = _real(run_dir)
-    settings = _settings(arm, seed, epoch_images=int((real["split"] == "train").sum()))
+    before = train(arm.after, run_dir, seed) if arm.after else None
+    settings = _settings(arm, seed, before, epoch_images=int((real["split"] == "train").sum()))
     folder = run_dir / "arms" / name / f"seed{seed}"
     table = pd.concat([real, choose_generated(run_dir, real, arm, settings)], ignore_index=True)
     images = data.image_cache(table, settings.size)
@@ -118,7 +127,7 @@ def refit(name, run_dir):
     _require(source / "result.json", f"`arms train {name}`")
     real = _real(run_dir)
     temperature = Classifier.load(source / finetune.MODEL_FILE).answering["temperature"]
-    settings = _settings(arm, 0, temperature=temperature)
+    settings = _settings(arm, 0, refit(arm.after, run_dir) if arm.after else None, temperature=temperature)
     folder = run_dir / "arms" / name / "refit"
     images = data.image_cache(real, settings.size)
     began = time.monotonic()
@@ -266,8 +275,9 @@ def _arm(name):
     return ARMS[name]
 
 
-def _settings(arm, seed, **more):
-    return ClassifierSettings(**{**RECIPE, **arm.settings, **more, "seed": seed})
+def _settings(arm, seed, before, **more):
+    start_from = str(before / finetune.MODEL_FILE) if before else ""
+    return ClassifierSettings(**{**RECIPE, **arm.settings, **more, "seed": seed, "start_from": start_from})
 
 
 def _result(name, settings, folder, images, began):
