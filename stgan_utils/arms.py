@@ -186,9 +186,10 @@ def compare(run_dir, bootstrap=1000):
     the *validation* lesions.
 
     Returns:
-        DataFrame, a row an arm in the order of `ARMS`: arm, text, command, seeds, generated (images), val (balanced
-        accuracy, mean), and value, `_low`, `_high` of accuracy, balanced_accuracy, macro_auc, mel_sensitivity_at_90 and
-        of `difference` (balanced accuracy minus that of the arm to beat, which has None; `to_beat` marks it).
+        DataFrame, a row an arm in the order of `ARMS`: arm, text, command, seeds, generated (images), filled (the share
+        of the gap to balance that they fill, 0 … 1), val (balanced accuracy, mean), to_beat, and value, `_low`, `_high`
+        of accuracy, balanced_accuracy, macro_auc, mel_sensitivity_at_90 and difference (of the balanced accuracy to
+        that of the arm to beat).
 
     Raises:
         UserError: no trained arm, arms with different numbers of seeds, or none without generated images.
@@ -217,7 +218,7 @@ def compare(run_dir, bootstrap=1000):
             "text": ARMS[name].text,
             "command": f"python -m stgan_utils arms train {name} --run RUN",
             "seeds": seeds[name],
-            "generated": sum(results[name][0]["training_images"]["generated"].values()),
+            **_filled(results[name][0]["training_images"]),
             "val": val[name],
             "to_beat": name == to_beat,
         }
@@ -253,7 +254,7 @@ def write_comparison(run_dir):
     with atomic_path(folder / "arms.md") as temporary:
         temporary.write_text(text + "\n", encoding="utf-8")
     with atomic_path(folder / "arms.png") as temporary:
-        plots.arms(table, {name: ARMS[name].share for name in SHARES}).savefig(temporary, dpi=130)
+        plots.arms(table, SHARES).savefig(temporary, dpi=130)
     return text
 
 
@@ -292,6 +293,13 @@ def _result(name, settings, folder, images, began):
         "device": device.describe(),
         "commit": runs.git_commit(),
     }
+
+
+def _filled(images):
+    """How many generated images an arm had, and which share of the gap to balance that is: what was asked for, or less
+    where the filters left less."""
+    generated, real = sum(images["generated"].values()), images["real"].values()
+    return {"generated": generated, "filled": generated / (len(real) * max(real) - sum(real))}
 
 
 def _real(run_dir):

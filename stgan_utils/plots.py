@@ -203,7 +203,7 @@ def arms(table, shares, title="Arms of the experiment, real test lesions, 95 % i
 
     Args:
         table: `arms.compare`.
-        shares: {arm: share of the gap to balance that generated images fill, 0 … 1}, the points of the curve.
+        shares: the arms that are the points of the curve.
     """
     fig = Figure(figsize=(10, 0.34 * len(table) + 1.6), layout="constrained")
     left, middle, right = fig.subplots(1, 3, width_ratios=(3, 3, 2.4))
@@ -215,9 +215,9 @@ def arms(table, shares, title="Arms of the experiment, real test lesions, 95 % i
         ax.set_yticks(y, table["arm"] if ax is left else [])
     middle.axvline(0, color="0.5", lw=0.8)
     middle.set_xlabel(f"difference to {table.loc[table['to_beat'], 'arm'].item()}")
-    curve = table.set_index("arm").reindex([arm for arm in shares if arm in set(table["arm"])])
+    curve = table[table["arm"].isin(shares)].sort_values("filled")
     values, errors = _bars(_intervals(curve, "balanced_accuracy"))
-    right.errorbar([100 * shares[arm] for arm in curve.index], values, yerr=errors, fmt="o-", ms=4, capsize=2)
+    right.errorbar(100 * curve["filled"], values, yerr=errors, fmt="o-", ms=4, capsize=2)
     right.set(xlabel="generated images, % of the gap to balance", ylabel="balanced accuracy")
     fig.suptitle(title, fontsize=10)
     return _tidy(fig)

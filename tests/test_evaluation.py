@@ -182,3 +182,37 @@ def test_paired_difference_is_narrower_than_two_intervals_and_exact_on_a_known_c
     assert found["high"] - found["low"] < alone["high"] - alone["low"]
     same = ev.paired_difference(truth, good, good[list(reversed(CLASSES))])
     assert same == {"value": 0.0, "low": 0.0, "high": 0.0}
+
+
+def test_figures_over_seeds_are_those_of_a_plain_bootstrap_over_lesions_and_seeds():
+    rng = np.random.default_rng(0)
+    truth = np.repeat(rng.choice(CLASSES, 120), 2)
+    lesions = np.repeat(np.arange(120), 2)
+
+    def seeds(strength):
+        answers = []
+        for _ in range(3):
+            proba = rng.dirichlet(np.ones(7), 240)
+            proba[np.arange(240), [CLASSES.index(code) for code in truth]] += strength * rng.random(240)
+            answers.append(pd.DataFrame(proba / proba.sum(1, keepdims=True), columns=list(CLASSES)))
+        return answers
+
+    good, poor = seeds(1.0), seeds(0.5)
+    found = ev.over_seeds(truth, good, poor, lesions, bootstrap=400)
+    means = [np.mean([ev.balanced_accuracy(truth, proba) for proba in arm]) for arm in (good, poor)]
+    assert found["balanced_accuracy"]["value"] == pytest.approx(means[0])
+    assert found["difference"]["value"] == pytest.approx(means[0] - means[1])
+    drawn = []
+    for _ in range(400):  # the plain loop, other draws
+        rows = np.concatenate([2 * (i := rng.integers(120, size=120)), 2 * i + 1])
+        pick = rng.integers(3, size=3)
+        scores = [
+            np.mean([ev.balanced_accuracy(truth[rows], arm[seed].iloc[rows]) for seed in pick]) for arm in (good, poor)
+        ]
+        drawn.append([scores[0], scores[0] - scores[1]])
+    for name, column in (("balanced_accuracy", 0), ("difference", 1)):
+        low, high = np.percentile(np.array(drawn)[:, column], [2.5, 97.5])
+        assert found[name]["low"] == pytest.approx(low, abs=0.02)
+        assert found[name]["high"] == pytest.approx(high, abs=0.02)
+    same = ev.over_seeds(truth, good, good, lesions, bootstrap=50)["difference"]
+    assert same == {"value": 0.0, "low": 0.0, "high": 0.0}

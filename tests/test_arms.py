@@ -1,0 +1,148 @@
+"""The experiment: which images an arm gets, equal steps, nothing of the test split before the table, the refit."""
+
+import shutil
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+
+from stgan_utils import arms, classifier, data, evaluation, files
+from stgan_utils.backbone import IMAGENET_SCALING
+from stgan_utils.config import UserError
+from stgan_utils.lesions import CLASSES, MINORITY
+
+
+@pytest.fixture(scope="module")
+def run_dir(phantom_dir, tmp_path_factory):
+    """Steps 00, 01 and 04 of a run in miniature: the "generated" images are phantoms of the test split."""
+    folder = tmp_path_factory.mktemp("run")
+    table = data.split_by_lesion(data.load_dataset(str(phantom_dir)))
+    (folder / "00_start_here").mkdir()
+    data.save_table(table, folder / "00_start_here" / "table.csv")
+    torch.manual_seed(0)
+    (folder / "01_baseline").mkdir()
+    model = classifier.Classifier({"size": 32, **IMAGENET_SCALING})
+    with torch.no_grad():  # far from even, so that it does not say one class for all
+        model.head[1].weight.mul_(30)
+    model.save(folder / "01_baseline" / "model.safetensors")
+    pictures = table.loc[table["split"] == "test", "path"].to_list()
+    made = [(f"{code}_{i:04d}.png", code, i % 3 > 0) for code in MINORITY for i in range(40)]
+    rows = []
+    (folder / "images").mkdir()
+    for number, (name, code, kept) in enumerate(made):
+        shutil.copy(pictures[number % len(pictures)], folder / "images" / name)
+        rows.append({"path": str(folder / "images" / name), "class": code, "kept": kept})
+    (folder / "04_deduplicate").mkdir()
+    pd.DataFrame(rows).to_csv(folder / "04_deduplicate" / "dedup.csv", index=False)
+    return folder
+
+
+@pytest.fixture(scope="module", autouse=True)
+def small():
+    """Two epochs of 32 px from random weights: seconds."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(arms, "RECIPE", {"size": 32, "epochs": 2, "pretrained": "none", "batch_size": 16})
+        for name, size in (("release", 48), ("release-128px", 32)):
+            patch.setitem(arms.ARMS, name, arms.ARMS[name]._replace(settings={"size": size}))
+        yield
+
+
+def chosen(run_dir, **arm):
+    real = data.read_table(run_dir / "00_start_here" / "table.csv").assign(synthetic=False)
+    return real, arms.choose_generated(run_dir, real, arms.Arm("", {}, **arm), None)
+
+
+@pytest.mark.parametrize("share", [0.25, 1.0])
+def test_as_many_generated_images_as_the_share_of_the_gap(run_dir, share):
+    real, made = chosen(run_dir, synthetic="raw", share=share)
+    counts = real[real["split"] == "train"]["label"].value_counts()
+    for code in MINORITY:
+        of_class = made[made["label"] == code]
+        assert len(of_class) == min(40, round(share * (counts["NV"] - counts[code])))
+        # the first ones by name, and all to train on
+        assert [path.rsplit("_")[-1] for path in of_class["path"]] == [f"{i:04d}.png" for i in range(len(of_class))]
+    assert set(made["split"]) == {"train"} and made["synthetic"].all() and "NV" not in set(made["label"])
+
+
+def test_filters_keep_what_they_say(run_dir):
+    listed = pd.read_csv(run_dir / "04_deduplicate" / "dedup.csv").set_index("path")
+    real, dedup = chosen(run_dir, synthetic="dedup", share=1.0)
+    assert listed.loc[dedup["path"], "kept"].all()
+    _, filtered = chosen(run_dir, synthetic="filtered", share=1.0)
+    assert 0 < len(filtered) < len(dedup) and listed.loc[filtered["path"], "kept"].all()
+    model = classifier.Classifier.load(run_dir / "01_baseline" / "model.safetensors")
+    said = model.predict_proba(data.load_images(listed.index, 32)).idxmax(axis=1).to_numpy()
+    agreed = listed[(said == listed["class"]) & listed["kept"]]
+    gap = real[real["split"] == "train"]["label"].value_counts()
+    for code, of_class in agreed.groupby("class"):
+        expected = list(of_class.index)[: gap.max() - gap[code]]
+        assert list(filtered.loc[filtered["label"] == code, "path"]) == expected
+
+
+def test_arms_take_equal_steps_and_leave_the_test_split_to_the_table(run_dir):
+    for name in ("real", "gan-raw"):
+        for seed in range(2):
+            folder = arms.train(name, run_dir, seed)
+    table = data.read_table(run_dir / "00_start_here" / "table.csv")
+    plain, mixed = (files.read_json(run_dir / "arms" / name / "seed1" / "result.json") for name in ("real", "gan-raw"))
+    for key in ("epochs", "epoch_images", "batch_size"):
+        assert plain["settings"][key] == mixed["settings"][key]
+    assert plain["settings"]["epoch_images"] == (table["split"] == "train").sum()
+    assert (
+        sum(plain["training_images"]["generated"].values()) == 0 < sum(mixed["training_images"]["generated"].values())
+    )
+    assert "test" not in set(mixed)
+    answers = pd.read_csv(folder / "predictions.csv")
+    assert sorted(answers["image_id"]) == sorted(table.loc[table["split"] != "train", "image_id"])  # real ones only
+    written = (folder / "model.safetensors").stat().st_mtime_ns
+    assert arms.train("gan-raw", run_dir, 1) == folder
+    assert (folder / "model.safetensors").stat().st_mtime_ns == written
+
+    compared = arms.compare(run_dir, bootstrap=50).set_index("arm")
+    assert compared.loc["real", "to_beat"] and compared.loc["real", "difference"] == 0
+    for name in ("real", "gan-raw"):
+        scores = []
+        for seed in range(2):
+            answers = pd.read_csv(run_dir / "arms" / name / f"seed{seed}" / "predictions.csv")
+            answers = answers[answers["split"] == "test"]
+            scores.append(evaluation.balanced_accuracy(answers["label"], answers[list(CLASSES)]))
+        assert compared.loc[name, "balanced_accuracy"] == pytest.approx(np.mean(scores))
+    text = arms.write_comparison(run_dir)
+    assert text.count("\n") == 3 and "the one to beat" in text
+    for name in ("arms.csv", "arms.md", "arms.png"):
+        assert (run_dir / "arms" / name).stat().st_size
+
+    arms.train("cutmix", run_dir, 0)
+    with pytest.raises(UserError, match="different numbers of seeds"):
+        arms.compare(run_dir)
+    shutil.rmtree(run_dir / "arms" / "cutmix")
+
+
+def test_refit_takes_every_real_image_and_the_temperature_of_the_split_run(run_dir):
+    with pytest.raises(UserError, match="arms train release"):
+        arms.refit("release", run_dir)
+    arms.train("release", run_dir, 0)
+    folder = arms.refit("release", run_dir)
+    judged = classifier.Classifier.load(run_dir / "arms" / "release" / "seed0" / "model.safetensors")
+    refitted = classifier.Classifier.load(folder / "model.safetensors")
+    assert refitted.size == judged.size == 48
+    assert refitted.answering["temperature"] == judged.answering["temperature"] != 1
+    assert refitted.settings["start_from"] == str(run_dir / "arms" / "release-128px" / "refit" / "model.safetensors")
+    result = files.read_json(folder / "result.json")
+    assert sum(result["training_images"]["real"].values()) == 210
+    assert "release" not in set(arms.compare(run_dir, bootstrap=5)["arm"])  # more steps than the arms: not among them
+    assert "balanced_accuracy" in arms.write_judgement("release", run_dir)
+    test = files.read_json(run_dir / "arms" / "release" / "seed0" / "test.json")
+    assert test["images"] == (data.read_table(run_dir / "00_start_here" / "table.csv")["split"] == "test").sum()
+
+
+def test_what_is_missing_is_named(run_dir, tmp_path):
+    with pytest.raises(UserError, match="No arm 'gan'"):
+        arms.train("gan", run_dir, 0)
+    with pytest.raises(UserError, match="run step 00_start_here"):
+        arms.train("real", tmp_path, 0)
+    with pytest.raises(UserError, match="no trained arm"):
+        arms.compare(tmp_path)
+    with pytest.raises(UserError, match="real-only"):
+        arms.refit("gan-raw", run_dir)
