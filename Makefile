@@ -4,11 +4,15 @@ PYTHON = $(VENV)/bin/python
 PIP = $(PYTHON) -m pip install --disable-pip-version-check -q
 JOBS = 2
 
-.PHONY: run test lint bench notebooks
+.PHONY: run quick test lint bench notebooks
 
 # The whole sequence on the embedded dataset; ends with the path of the report.
 run: $(VENV)/installed
 	$(PYTHON) -m stgan_utils run --data phantom --profile demo --out runs/demo --jobs $(JOBS)
+
+# The same with released weights in place of GAN training: minutes, without a network.
+quick: $(VENV)/installed
+	$(PYTHON) -m stgan_utils run --data phantom --profile quick --out runs/quick --jobs $(JOBS)
 
 test: $(VENV)/installed-dev
 	OMP_NUM_THREADS=1 $(PYTHON) -m pytest -n auto --dist loadfile

@@ -26,10 +26,22 @@ app.add_typer(weights_app, name="weights")
 arms_app = typer.Typer(help="The experiment: recipes side by side, on real lesions.", no_args_is_help=True)
 app.add_typer(arms_app, name="arms")
 
+kaggle_app = typer.Typer(
+    help="The steps as Kaggle kernels: send them, see how they are, bring results back.", no_args_is_help=True
+)
+app.add_typer(kaggle_app, name="kaggle")
+
 RunDir = Annotated[Path, typer.Option("--run", help="A run folder on real images, steps 00 to 04 done.")]
 Folder = Annotated[
     Path | None, typer.Option("--dir", help="A folder of weights to look in first; or the variable STGAN_WEIGHTS.")
 ]
+
+Params = Annotated[
+    list[str] | None,
+    typer.Option("-p", metavar="KEY VALUE", help="A setting for every step that knows it, or stage1.KEY for one."),
+]
+KaggleRun = Annotated[Path, typer.Option("--run", help="A run folder; it remembers what was sent.")]
+KaggleStep = Annotated[str, typer.Argument(metavar="[STEP|all]", help="Such as 02.")]
 
 
 @app.command()
@@ -45,13 +57,10 @@ def run(
     force: Annotated[
         bool, typer.Option("--force", help="Make the chosen steps anew; their folders are deleted.")
     ] = False,
-    param: Annotated[
-        list[str] | None,
-        typer.Option("-p", metavar="KEY VALUE", help="A setting for every step that knows it, or stage1.KEY for one."),
-    ] = None,
+    param: Params = None,
 ):
     """Run the notebooks in order, skipping those that are done, and write OUT/report.html."""
-    pipeline.run(data, profile, out, only, start, jobs, force, dict(pair.split("=", 1) for pair in param or ()))
+    pipeline.run(data, profile, out, only, start, jobs, force, _pairs(param))
 
 
 @data_app.command()
@@ -117,25 +126,63 @@ def train_arms(
 @arms_app.command("table")
 def table_of_arms(run_dir: RunDir):
     """Compare all trained arms on the real test lesions: RUN/arms/arms.csv, arms.md, arms.png."""
-    from stgan_utils import arms
+    from stgan_utils import findings
 
-    print(arms.write_comparison(run_dir))
+    print(findings.write_comparison(run_dir))
 
 
 @arms_app.command("judge")
 def judge_arm(name: Annotated[str, typer.Argument(help="A trained arm.")], run_dir: RunDir):
-    """Every figure of one arm (seed 0) on the real test lesions: test.json, subgroups.csv beside its model."""
-    from stgan_utils import arms
+    """Every figure of one arm (seed 0) on the real test lesions, as a page: RUN/arms/NAME/seed0/test/README.md."""
+    from stgan_utils import findings
 
-    print(arms.write_judgement(name, run_dir))
+    print(findings.judge(name, run_dir))
 
 
 @arms_app.command("refit")
 def refit_arm(name: Annotated[str, typer.Argument(help="A trained arm without generated images.")], run_dir: RunDir):
-    """Train an arm's recipe once more on all real images, held-out ones too; `weights release` publishes it."""
+    """Train on with an arm's recipe on all real images, held-out ones too; `weights release` publishes the result."""
     from stgan_utils import arms
 
     print(arms.refit(name, run_dir))
+
+
+@kaggle_app.command("push")
+def push_to_kaggle(
+    run_dir: KaggleRun,
+    step: KaggleStep = "all",
+    dataset: Annotated[str, typer.Option(help="The images on Kaggle.")] = "kmader/skin-cancer-mnist-ham10000",
+    profile: Annotated[str, typer.Option(help=f"One of {', '.join(PROFILES)}.")] = "kaggle",
+    package: Annotated[str | None, typer.Option(help="OWNER/NAME of a data set that holds this package.")] = None,
+    internet: Annotated[bool, typer.Option(help="What the kernels may use; --package is for those without.")] = True,
+    param: Params = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what would be sent, send nothing.")] = False,
+):
+    """Send steps to run on Kaggle; all: those whose earlier steps are done. Sent again, an unfinished one goes on."""
+    from stgan_utils import kaggle_kernels
+
+    kaggle_kernels.push(step, run_dir, dataset, profile, package, internet, _pairs(param), dry_run)
+
+
+@kaggle_app.command("status")
+def status_on_kaggle(run_dir: KaggleRun):
+    """How the steps are that were sent."""
+    from stgan_utils import kaggle_kernels
+
+    for step, state in kaggle_kernels.status(run_dir).items():
+        print(f"{step}: {state}")
+
+
+@kaggle_app.command("pull")
+def pull_from_kaggle(
+    run_dir: KaggleRun,
+    data: Annotated[str, typer.Option(help="Where the same data set lies here; `run` then goes on with it.")],
+    step: KaggleStep = "all",
+):
+    """Bring what the steps made into the run folder."""
+    from stgan_utils import kaggle_kernels
+
+    kaggle_kernels.pull(step, run_dir, data)
 
 
 @app.command()
@@ -226,12 +273,21 @@ def convert_weights(
 
 
 @weights_app.command("release")
-def release_weights(run_dir: Annotated[Path, typer.Argument(metavar="RUN_DIR", help="A finished run on real images.")]):
-    """For maintainers: put a run's models into weights/ in half precision, with their entries in the manifest."""
+def release_weights(
+    run_dir: Annotated[Path, typer.Argument(metavar="RUN_DIR", help="A finished run on real images.")],
+    classifier: Annotated[
+        Path | None, typer.Option(help="Folder of a trained classifier: model.safetensors, result.json.")
+    ] = None,
+):
+    """For maintainers: put a run's models into weights/ in half precision, with manifest entries and a model card."""
     from stgan_utils.release import release
 
-    for name, megabytes in release(run_dir).items():
+    for name, megabytes in release(run_dir, classifier).items():
         print(f"{name:28} {megabytes:6.1f} MB")
+
+
+def _pairs(param):
+    return dict(pair.split("=", 1) for pair in param or ())
 
 
 def _join_pairs(arguments):

@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import pandas as pd
 
-from stgan_utils import data, device, evaluation, finetune, plots, runs
+from stgan_utils import data, device, finetune, runs
 from stgan_utils.classifier import Classifier
 from stgan_utils.config import ClassifierSettings, UserError
 from stgan_utils.files import atomic_path, read_json, sha256, write_json
@@ -24,6 +24,8 @@ KINDS = {"real": False, "generated": True}
 RECIPE = {"size": 96, "epochs": 5, "frozen_blocks": 4}
 # The one that is released: no arm of the comparison, it is larger and trained for longer, small images first.
 RELEASE, FIRST_PHASE = "release", "release-128px"
+# Whose mean answers teach the refit: each is better than the last by what the others know.
+TEACHERS = ("logit-adjustment", FIRST_PHASE, RELEASE)
 
 
 class Arm(NamedTuple):
@@ -35,6 +37,8 @@ class Arm(NamedTuple):
     # as large as the largest, 0 … 1.
     synthetic: str = ""
     share: float = 0.0
+    # Whose class shares logit adjustment makes up for: those of the "real" training images or of the whole "mix".
+    prior: str = "real"
     # The arm whose weights it begins with: it is the second phase of that one.
     after: str = ""
 
@@ -48,10 +52,11 @@ ARMS = {
     "mixup": Arm("logit adjustment and MixUp", ADJUSTED | {"mix": "mixup"}),
     "cutmix": Arm("logit adjustment and CutMix", ADJUSTED | {"mix": "cutmix"}),
     "gan-raw": Arm("logit adjustment and generated images, raw, to balance", ADJUSTED, "raw", 1.0),
-    "gan-dedup": Arm("… deduplicated, to balance", ADJUSTED, "dedup", 1.0),
-    "gan-filtered": Arm("… deduplicated and filtered, to balance", ADJUSTED, "filtered", 1.0),
-    "gan-filtered-50": Arm("… half of the way to balance", ADJUSTED, "filtered", 0.5),
-    "gan-filtered-25": Arm("… a quarter of the way to balance", ADJUSTED, "filtered", 0.25),
+    "gan-raw-50": Arm("… half of the way to balance", ADJUSTED, "raw", 0.5),
+    "gan-raw-25": Arm("… a quarter of the way to balance", ADJUSTED, "raw", 0.25),
+    "gan-dedup": Arm("logit adjustment and generated images, deduplicated", ADJUSTED, "dedup", 1.0),
+    "gan-filtered": Arm("… deduplicated and filtered", ADJUSTED, "filtered", 1.0),
+    "gan-mixed-prior": Arm("… and the adjustment made for the mix", ADJUSTED, "filtered", 1.0, prior="mix"),
     FIRST_PHASE: Arm("the released recipe, first phase", ADJUSTED | {"size": 128, "epochs": 10}),
     RELEASE: Arm(
         "the released recipe",
@@ -61,8 +66,7 @@ ARMS = {
 }
 COMPARED = [name for name in ARMS if name not in (RELEASE, FIRST_PHASE)]
 REAL_ONLY = [name for name in COMPARED if not ARMS[name].synthetic]
-# The curve over the share of generated images.
-SHARES = ["logit-adjustment", "gan-filtered-25", "gan-filtered-50", "gan-filtered"]
+SHARES = ["logit-adjustment", "gan-raw-25", "gan-raw-50", "gan-raw"]
 
 
 def train(name, run_dir, seed):
@@ -77,20 +81,23 @@ def train(name, run_dir, seed):
         lesions), result.json (nothing of the test lesions in it).
 
     Raises:
-        UserError: no such arm, or a step that has not run.
+        UserError: no such arm, a step that has not run, or an arm that was trained with other settings.
     """
     arm, run_dir = _arm(name), Path(run_dir)
-    real = _real(run_dir)
+    real = real_table(run_dir)
     before = train(arm.after, run_dir, seed) if arm.after else None
     settings = _settings(arm, seed, before, epoch_images=int((real["split"] == "train").sum()))
     folder = run_dir / "arms" / name / f"seed{seed}"
+    if (folder / "result.json").exists():
+        if read_json(folder / "result.json")["settings"] == asdict(settings):
+            return folder
+        raise UserError(f"{folder} was trained with other settings: delete it, or choose another run folder.")
     table = pd.concat([real, choose_generated(run_dir, real, arm, settings)], ignore_index=True)
     images = data.image_cache(table, settings.size)
     rows = {split: table.index[table["split"] == split] for split in ("train", "val", "test")}
     began = time.monotonic()
-    history = finetune.train(settings, images, table["label"], rows["train"], rows["val"], folder)
-    if (folder / "result.json").exists():
-        return folder
+    prior = rows["train"] if arm.prior == "mix" else table.index[(table["split"] == "train") & ~table["synthetic"]]
+    history = finetune.train(settings, images, table["label"], rows["train"], rows["val"], folder, prior)
     model = Classifier.load(folder / finetune.MODEL_FILE).to(device.pick())
     judged = rows["val"].append(rows["test"])
     answers = model.predict_proba(images, judged)
@@ -107,10 +114,11 @@ def train(name, run_dir, seed):
 
 
 def refit(name, run_dir):
-    """Train an arm's recipe once more on *all* real images, held-out ones too: what is released.
+    """Train on with an arm's recipe, from the weights of its seed 0, on *all* real images: what is released.
 
-    Nothing is left to judge it by: its figures are those of the arm's own training, `judge`. The temperature is that
-    one's as well.
+    The held-out lesions are among them, so nothing is left to judge it by: its figures are those of the arm itself,
+    `findings.judge`. The temperature is that one's as well. Half of the loss are the mean answers of the networks in
+    `TEACHERS`, none of which has seen the held-out images.
 
     Returns:
         The folder, `run_dir/arms/NAME/refit`: model.safetensors, history.csv, result.json.
@@ -124,34 +132,22 @@ def refit(name, run_dir):
             f"Arm {name} learns from generated images of the train split: only real-only arms are refitted."
         )
     source = run_dir / "arms" / name / "seed0"
-    _require(source / "result.json", f"`arms train {name}`")
-    real = _real(run_dir)
+    require(source / "result.json", f"`arms train {name}`")
+    real = real_table(run_dir)
     temperature = Classifier.load(source / finetune.MODEL_FILE).answering["temperature"]
-    settings = _settings(arm, 0, refit(arm.after, run_dir) if arm.after else None, temperature=temperature)
+    settings = _settings(arm, 0, source, temperature=temperature)
     folder = run_dir / "arms" / name / "refit"
     images = data.image_cache(real, settings.size)
+    teachers = [path for each in TEACHERS for path in sorted(run_dir.glob(f"arms/{each}/seed*/{finetune.MODEL_FILE}"))]
     began = time.monotonic()
-    finetune.train(settings, images, real["label"], real.index, None, folder)
+    finetune.train(
+        settings, images, real["label"], real.index, None, folder, taught=_mean_answers(teachers, real).to_numpy()
+    )
     counts = real["label"].value_counts()
-    write_json(
-        folder / "result.json",
-        _result(name, settings, folder, {"real": {code: int(counts[code]) for code in CLASSES}}, began),
-    )
+    result = _result(name, settings, folder, {"real": {code: int(counts[code]) for code in CLASSES}}, began)
+    taught_by = {str(path.relative_to(run_dir)): sha256(path) for path in teachers}
+    write_json(folder / "result.json", result | {"taught_by": taught_by})
     return folder
-
-
-def judge(name, run_dir, bootstrap=1000):
-    """`evaluation.evaluate` of an arm's seed 0 on the real test lesions, and `evaluation.by_subgroups`."""
-    run_dir = Path(run_dir)
-    folder = run_dir / "arms" / name / "seed0"
-    _require(folder / "predictions.csv", f"`arms train {name}`")
-    answers = _test_answers(folder)
-    proba, test = answers[list(CLASSES)], _real(run_dir).query("split == 'test'").reset_index(drop=True)
-    assert list(test["image_id"]) == list(answers["image_id"]), f"{folder} was judged on other images"
-    return (
-        evaluation.evaluate(test["label"], proba, test["lesion_id"], bootstrap),
-        evaluation.by_subgroups(test, test["label"], proba, bootstrap),
-    )
 
 
 def choose_generated(run_dir, real, arm, settings):
@@ -163,12 +159,12 @@ def choose_generated(run_dir, real, arm, settings):
     """
     if not arm.synthetic:
         return real[:0]
-    _require(run_dir / "04_deduplicate" / "dedup.csv", "04_deduplicate")
+    require(run_dir / "04_deduplicate" / "dedup.csv", "04_deduplicate")
     made = pd.read_csv(run_dir / "04_deduplicate" / "dedup.csv").rename(columns={"class": "label"})
     if arm.synthetic != "raw":
         made = made[made["kept"]]
     if arm.synthetic == "filtered":
-        _require(run_dir / "01_baseline" / finetune.MODEL_FILE, "01_baseline")
+        require(run_dir / "01_baseline" / finetune.MODEL_FILE, "01_baseline")
         baseline = Classifier.load(run_dir / "01_baseline" / finetune.MODEL_FILE).to(device.pick())
         said = baseline.predict_proba(data.image_cache(made.reset_index(drop=True), baseline.size)).idxmax(axis=1)
         made = made[said.to_numpy() == made["label"].to_numpy()]
@@ -179,106 +175,24 @@ def choose_generated(run_dir, real, arm, settings):
     return made[["path", "label"]].assign(synthetic=True, split="train")
 
 
-def compare(run_dir, bootstrap=1000):
-    """The table of all arms that are trained, on real test lesions.
-
-    Intervals resample lesions and seeds together. The arm to beat is the one without generated images that is best on
-    the *validation* lesions.
-
-    Returns:
-        DataFrame, a row an arm in the order of `ARMS`: arm, text, command, seeds, generated (images), filled (the share
-        of the gap to balance that they fill, 0 … 1), val (balanced accuracy, mean), to_beat, and value, `_low`, `_high`
-        of accuracy, balanced_accuracy, macro_auc, mel_sensitivity_at_90 and difference (of the balanced accuracy to
-        that of the arm to beat).
-
-    Raises:
-        UserError: no trained arm, arms with different numbers of seeds, or none without generated images.
-    """
-    folders = {name: sorted(Path(run_dir).glob(f"arms/{name}/seed*/result.json")) for name in COMPARED}
-    folders = {name: found for name, found in folders.items() if found}
-    if not set(folders) & set(REAL_ONLY):
-        raise UserError(f"{run_dir} has no trained arm without generated images: `arms train real` makes one.")
-    seeds = {name: len(found) for name, found in folders.items()}
-    if len(set(seeds.values())) > 1:
-        raise UserError(f"The arms have different numbers of seeds ({seeds}): train those that are missing.")
-    results = {name: [read_json(path) for path in found] for name, found in folders.items()}
-    answers = {name: [_test_answers(path.parent) for path in found] for name, found in folders.items()}
-    val = {
-        name: sum(r["validation"]["balanced_accuracy"] for r in found) / len(found) for name, found in results.items()
-    }
-    to_beat = max(set(folders) & set(REAL_ONLY), key=val.get)
-    truth = answers[to_beat][0]
-    rows = []
-    for name in folders:
-        figures = evaluation.over_seeds(
-            truth["label"], answers[name], answers[to_beat], truth["lesion_id"], bootstrap=bootstrap
-        )
-        row = {
-            "arm": name,
-            "text": ARMS[name].text,
-            "command": f"python -m stgan_utils arms train {name} --run RUN",
-            "seeds": seeds[name],
-            **_filled(results[name][0]["training_images"]),
-            "val": val[name],
-            "to_beat": name == to_beat,
-        }
-        for figure, interval in figures.items():
-            row |= {figure: interval["value"], f"{figure}_low": interval["low"], f"{figure}_high": interval["high"]}
-        rows.append(row)
-    return pd.DataFrame(rows)
-
-
-def markdown(table):
-    """The table of `compare` for a README."""
-
-    def shown(row, name, sign=""):
-        return f"{row[name]:{sign}.3f} ({row[f'{name}_low']:{sign}.3f} … {row[f'{name}_high']:{sign}.3f})"
-
-    head = "| arm | generated | balanced accuracy | difference | accuracy | AUC | `python -m stgan_utils …` |"
-    lines = [head, "|---|---|---|---|---|---|---|"]
-    for row in table.to_dict("records"):
-        difference = "the one to beat" if row["to_beat"] else shown(row, "difference", "+")
-        lines.append(
-            f"| {row['text']} | {row['generated']:,} | {shown(row, 'balanced_accuracy')} | {difference} "
-            f"| {shown(row, 'accuracy')} | {shown(row, 'macro_auc')} | `arms train {row['arm']} --run RUN` |"
-        )
-    return "\n".join(lines)
-
-
-def write_comparison(run_dir):
-    """Write `compare` as RUN_DIR/arms/arms.csv, arms.md and arms.png; returns the Markdown table."""
-    folder, table = Path(run_dir) / "arms", compare(run_dir)
-    text = markdown(table)
-    with atomic_path(folder / "arms.csv") as temporary:
-        table.to_csv(temporary, index=False)
-    with atomic_path(folder / "arms.md") as temporary:
-        temporary.write_text(text + "\n", encoding="utf-8")
-    with atomic_path(folder / "arms.png") as temporary:
-        plots.arms(table, SHARES).savefig(temporary, dpi=130)
-    return text
-
-
-def write_judgement(name, run_dir):
-    """Write `judge` as test.json and subgroups.csv into the arm's folder; returns its figures as text."""
-    folder = Path(run_dir) / "arms" / name / "seed0"
-    found, groups = judge(name, run_dir)
-    write_json(folder / "test.json", found)
-    with atomic_path(folder / "subgroups.csv") as temporary:
-        groups.to_csv(temporary, index=False)
-    lines = [f"{found['images']} images of {found['lesions']} lesions"]
-    lines += ["{:24} {value:.3f} ({low:.3f} … {high:.3f})".format(k, **v) for k, v in found["metrics"].items()]
-    return "\n".join(lines)
-
-
 def _arm(name):
     if name not in ARMS:
         raise UserError(f"No arm {name!r}; there are {', '.join(ARMS)}.")
     return ARMS[name]
 
 
+def _mean_answers(files, table):
+    """Mean probabilities of several classifiers for a table's images, columns in the order of `CLASSES`."""
+    answers = []
+    for file in files:
+        model = Classifier.load(file).fused().to(device.pick())
+        answers.append(model.predict_proba(data.image_cache(table, model.size))[list(CLASSES)])
+    return sum(answers) / len(answers)
+
+
 def _settings(arm, seed, before, **more):
-    start_from = str(before / finetune.MODEL_FILE) if before else ""
-    return ClassifierSettings(**{**RECIPE, **arm.settings, **more, "seed": seed, "start_from": start_from})
+    continue_from = str(before / finetune.MODEL_FILE) if before else ""
+    return ClassifierSettings(**{**RECIPE, **arm.settings, **more, "seed": seed, "continue_from": continue_from})
 
 
 def _result(name, settings, folder, images, began):
@@ -295,24 +209,14 @@ def _result(name, settings, folder, images, began):
     }
 
 
-def _filled(images):
-    """How many generated images an arm had, and which share of the gap to balance that is: what was asked for, or less
-    where the filters left less."""
-    generated, real = sum(images["generated"].values()), images["real"].values()
-    return {"generated": generated, "filled": generated / (len(real) * max(real) - sum(real))}
-
-
-def _real(run_dir):
+def real_table(run_dir):
+    """The dataset table of a run folder, with its splits and a column `synthetic`, all False."""
     path = run_dir / "00_start_here" / "table.csv"
-    _require(path, "00_start_here")
+    require(path, "00_start_here")
     return data.read_table(path).assign(synthetic=False)
 
 
-def _test_answers(folder):
-    answers = pd.read_csv(folder / "predictions.csv")
-    return answers[answers["split"] == "test"].reset_index(drop=True)
-
-
-def _require(path, step):
+def require(path, step):
+    """Raise a `UserError` that names the step to run where `path` is not there."""
     if not path.exists():
         raise UserError(f"{path} is missing: run step {step} first.")

@@ -65,6 +65,8 @@ class Stage1Settings:
     sample_every: int = 250
     evaluate_every: int = 500
     quality_images: int = 500  # images generated for each evaluation
+    # "train", "auto" (released weights where they fit, else train) or the name of weights in the manifest.
+    weights: str = "train"
     # Stop in time (checkpoint written) when a session ends; not part of what makes two runs equal.
     max_minutes: float | None = None
 
@@ -103,6 +105,10 @@ class Stage2Settings(Stage1Settings):
         _require(self.freeze_blocks >= 0, f"freeze_blocks is {self.freeze_blocks}, it must not be negative.")
         _require(self.noise_sigma >= 0, f"noise_sigma is {self.noise_sigma}, it must not be negative.")
         _require(self.bt_weight >= 0, f"bt_weight is {self.bt_weight}, it must not be negative.")
+        _require(
+            not self.start_from or self.weights == "train",
+            f"start_from is for training, but weights is {self.weights!r}: leave one of them out.",
+        )
 
 
 @dataclass(frozen=True)
@@ -135,7 +141,7 @@ class ClassifierSettings:
     # "auto": the best backbone that can be had, "none": random weights.
     pretrained: str = "auto"
     # A classifier of ours to begin with instead: the second phase of a training.
-    start_from: str = ""
+    continue_from: str = ""
     # Feature blocks, counted from the image, that stay as pretrained: the largest share of a step's time.
     frozen_blocks: int = 0
     # "natural": every image once an epoch, "balanced": every class equally often.
@@ -308,6 +314,12 @@ PROFILES = {
             "quality_images": 1000,
         },
     },
+}
+
+# `make quick`: the demo, its GANs from released weights; a few minutes on two cores.
+PROFILES["quick"] = PROFILES["demo"] | {
+    "stage1": PROFILES["demo"]["stage1"] | {"weights": "auto"},
+    "stage2": PROFILES["demo"]["stage2"] | {"weights": "auto", "generate": 60},
 }
 
 

@@ -57,7 +57,7 @@ def fitted_temperature(logits, targets):
     return math.exp(minimize_scalar(cost, bounds=(-3, 3), method="bounded").x)
 
 
-def train(settings, images, labels, train_rows, val_rows, out_dir, on_epoch=None):
+def train(settings, images, labels, train_rows, val_rows, out_dir, prior_rows=None, taught=None, on_epoch=None):
     """Fine-tune on `train_rows`; the weights of the epoch best on `val_rows` go to `out_dir/model.safetensors`.
 
     AdamW, short warm-up, cosine to 0; pretrained layers learn at 0.3 of the head's rate. Judged and saved is the
@@ -72,6 +72,11 @@ def train(settings, images, labels, train_rows, val_rows, out_dir, on_epoch=None
         train_rows: rows to learn from, real and synthetic.
         val_rows: rows to choose the epoch by: real images only. None: nothing is left to choose by (the refit of a
             recipe on all images); the last epoch's weights are kept, with the settings' temperature.
+        prior_rows: rows whose class shares logit adjustment makes up for; `train_rows` by default. The real ones of
+            them where generated images join: a network that can tell both kinds apart has learnt from the real ones
+            alone how common each class is among real images.
+        taught: (N, classes) probabilities that other networks give the images, in the order of `CLASSES`: half of the
+            loss is then the cross-entropy with them (G. Hinton et al., arXiv:1503.02531). Not together with `mix`.
         on_epoch: called with the history after each epoch.
 
     Returns:
@@ -95,7 +100,8 @@ def train(settings, images, labels, train_rows, val_rows, out_dir, on_epoch=None
     total = steps * settings.epochs
     # The average reaches back over about a twentieth of the run.
     average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(1 - 1 / max(1, total / 20)))
-    adjustment = (settings.logit_adjustment * log_prior(targets[train_rows])).to(place)
+    prior_rows = train_rows if prior_rows is None else np.asarray(prior_rows)
+    adjustment = (settings.logit_adjustment * log_prior(targets[prior_rows])).to(place)
 
     def view(rows):
         batch = torch.from_numpy(np.asarray(images[rows]))
@@ -103,7 +109,11 @@ def train(settings, images, labels, train_rows, val_rows, out_dir, on_epoch=None
             batch = trivial_augment(batch)
         return augment(to_float(batch.to(place, non_blocking=True)))
 
-    run = {**model.settings, "train": _digest(labels, train_rows), "val": _digest(labels, val_rows)}
+    sets = {"train": train_rows, "val": val_rows, "prior": prior_rows}
+    run = model.settings | {name: _digest(labels, rows) for name, rows in sets.items()}
+    if taught is not None:
+        taught = torch.from_numpy(np.asarray(taught, np.float32))
+        run["taught"] = zlib.crc32(taught.numpy().tobytes())
     history = _resume(out_dir / CHECKPOINT_FILE, run, model, average, optimizer)
     for epoch in range(len(history), settings.epochs):
         # What an epoch draws depends on its number alone: a resumed run needs no generator's state.
@@ -121,6 +131,8 @@ def train(settings, images, labels, train_rows, val_rows, out_dir, on_epoch=None
             with device.autocast(place):
                 logits = model(batch)
             loss = adjusted_loss(logits, wanted, adjustment, settings.label_smoothing)
+            if taught is not None:
+                loss = (loss + F.cross_entropy(logits.float(), taught[rows].to(place))) / 2
             optimizer.zero_grad()
             scaler.scale(loss).backward()
             scaler.step(optimizer)
@@ -172,10 +184,10 @@ def _check_sets(settings, labels, train_rows, val_rows):
 
 def _start(settings, place):
     """(the model to begin with, whether it has learnt something before)."""
-    if settings.start_from:
-        model = Classifier.load(settings.start_from)
+    if settings.continue_from:
+        model = Classifier.load(settings.continue_from)
         model.preprocessing = {**model.preprocessing, "size": settings.size}
-        name, learnt = settings.start_from, True
+        name, learnt = model.settings["backbone"], True
     else:
         pretrained = load_backbone(settings.pretrained)
         model = Classifier({"size": settings.size, **pretrained.preprocessing}, features=pretrained.features)

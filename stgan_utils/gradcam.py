@@ -1,6 +1,7 @@
 """Where in the image a classifier found its answer: Grad-CAM (R. R. Selvaraju et al., ICCV 2017, arXiv:1610.02391)."""
 
 import numpy as np
+import pandas as pd
 import torch
 from torch.nn import functional as F
 
@@ -41,6 +42,33 @@ def grad_cam(model, images, codes):
     maps = F.relu((weights * kept[0].detach()).sum(1, keepdim=True))
     maps = _enlarged(maps, model.size)
     return (maps / maps.amax((1, 2), keepdim=True).clamp_min(1e-12)).cpu().numpy()
+
+
+def surest_answers(model, images, truth, answers):
+    """Maps of the surest answers, by rule and not by taste: of each class the surest right and the surest wrong one.
+
+    Args:
+        model, images: as `grad_cam`; all N images that were answered for.
+        truth: N class codes.
+        answers: N rows of probabilities, columns named by class.
+
+    Returns:
+        {"hits": (images, maps, titles), "misses": …} as `plots.heatmaps` takes them; misses are also asked about the
+        true class. A key is left out where there is none.
+    """
+    said = pd.DataFrame(
+        {"true": list(truth), "said": list(answers.idxmax(axis=1)), "sure": answers.max(axis=1).to_list()}
+    )
+    said = said.sort_values("sure", ascending=False, kind="stable").assign(hit=said["true"] == said["said"])
+    found = {}
+    for hit, shown in said.groupby(["hit", "true"]).head(1).sort_values("true").groupby("hit"):
+        seen = images[shown.index]
+        maps = {"for its answer": grad_cam(model, seen, shown["said"])}
+        if not hit:
+            maps["for the truth"] = grad_cam(model, seen, shown["true"])
+        titles = [f"{row.true}\nsaid {row.said}, {row.sure:.0%}" for row in shown.itertuples()]
+        found["hits" if hit else "misses"] = seen, maps, titles
+    return found
 
 
 def _enlarged(maps, size):

@@ -82,7 +82,7 @@ def run(data, profile, out, only=None, start=None, jobs=1, force=False, params=N
             started, and the same call goes on from there.
     """
     data, out = runs.identify(data), Path(out).expanduser().resolve()
-    given = _given_per_kind(params or {})
+    given = given_per_kind(params or {})
     settings = {step.name: step.settings(profile, given[step.kind]) for step in STEPS}
     chosen = _choose(only, start)
     for step in chosen:
@@ -90,6 +90,10 @@ def run(data, profile, out, only=None, start=None, jobs=1, force=False, params=N
             raise UserError(f"There is no notebook {step.notebook}: run from a clone of the repository.")
         if not force:
             runs.check_folder(out, step.name, settings[step.name], data)
+        if getattr(settings[step.name], "weights", "train") not in ("train", "auto"):
+            from stgan_utils import weights  # pandas: only who asks for weights by name pays for it
+
+            weights.choose_released(settings[step.name])
     if jobs < 1:
         raise UserError(f"jobs is {jobs}, it must be at least 1.")
     if force:
@@ -161,7 +165,7 @@ def run_step(step, parameters):
     return time.monotonic() - began
 
 
-def _given_per_kind(params):
+def given_per_kind(params):
     """{kind of step: {setting: value}}; a name that no step knows is refused."""
     known = {kind: {field.name for field in fields(settings)} - {"lesion"} for kind, settings in SETTINGS.items()}
     given = {kind: {} for kind in known}
@@ -171,10 +175,10 @@ def _given_per_kind(params):
         if not takers:
             names = sorted(set().union(*known.values()))
             raise UserError(f"No step has a setting {key!r}; there are {', '.join(names)}.")
-        if name == "start_from" and value:
+        if name in ("start_from", "continue_from") and value:
             value = str(Path(value).expanduser().resolve())  # notebooks run in their own folder
             if not Path(value).exists():
-                raise UserError(f"start_from is {value!r}, there is no such file.")
+                raise UserError(f"{name} is {value!r}, there is no such file.")
         for taker in takers:
             # A setting of one kind goes before the same setting of every kind, in whatever order they stand.
             if kind or f"{taker}.{name}" not in params:

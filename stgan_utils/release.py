@@ -13,7 +13,7 @@ import jsonschema
 import numpy as np
 from PIL import Image
 
-from stgan_utils import checkpoints, config, generation, runs, weights
+from stgan_utils import card, checkpoints, config, generation, runs, weights
 from stgan_utils import data as datasets
 from stgan_utils.config import UserError
 from stgan_utils.features import feature_extractor
@@ -25,28 +25,37 @@ LIMIT = 60_000_000  # bytes, all released files together
 FURTHEST = 2  # grey levels between a pixel of the original and of the released generator
 GENERATED = 500  # images behind a KID
 LICENCE = "CC BY-NC 4.0, as HAM10000 (P. Tschandl et al., Sci. Data 5, 180161, 2018)"
-BASELINE, STAGE1, CLASSIFIER = "01_baseline", "02_stage1_global_gan", "05_classifier"
+BASELINE, STAGE1 = "01_baseline", "02_stage1_global_gan"
 SCHEMA = Path(__file__).with_name("weights_manifest.schema.json")
 
 
-def release(run_dir):
-    """Put a run's Stage 1 (with its discriminator), its six Stage-2 generators and its better classifier into weights/.
+def release(run_dir, classifier=None):
+    """Put a run's Stage 1 (with its discriminator) and its six Stage-2 generators into weights/, with a model card.
 
-    The better classifier is the one with the higher balanced accuracy on real validation images. A generator's KID is
-    measured against real images of the validation and test splits, which it has not seen. `weights/samples.png` gets a
-    row of eight images from each generator.
+    A generator's KID is measured against real images of the validation and test splits, which it has not seen.
+    `weights/samples.png` gets a row of eight images from each generator, `weights/README.md` is `card.write`.
+
+    Args:
+        run_dir: a finished run that trained its GANs.
+        classifier: a folder with model.safetensors and result.json as `arms train` and `arms refit` leave them; None
+            leaves the released classifier as it is.
 
     Returns:
-        {name: megabytes}, and "together".
+        {name: megabytes}, and "together", all that weights/ then holds.
 
     Raises:
-        UserError: a step is not finished, more than 60 MB, or half precision changes the pictures.
+        UserError: a step is not finished or was not trained, no such classifier, more than 60 MB, or half precision
+            changes the pictures.
     """
     run_dir, target = Path(run_dir), weights.ROOT / "weights"
     steps = {code: f"03_stage2_{code}" for code in MINORITY}
-    results = {step: runs.result(run_dir, step) for step in (runs.START, BASELINE, STAGE1, *steps.values(), CLASSIFIER)}
-    if missing := [step for step, found in results.items() if found is None and step != CLASSIFIER]:
+    results = {step: runs.result(run_dir, step) for step in (runs.START, STAGE1, *steps.values())}
+    if missing := [step for step, found in results.items() if found is None]:
         raise UserError(f"{run_dir} is not a finished run: {', '.join(missing)} is not done.")
+    if borrowed := [step for step, found in results.items() if "released" in found["numbers"]]:
+        raise UserError(f"{run_dir} trained nothing in {', '.join(borrowed)}: it used released weights.")
+    if classifier:
+        _classifier_result(Path(classifier))  # known before minutes of measuring
     distance = _Distance(run_dir)
     target.mkdir(exist_ok=True)
     with tempfile.TemporaryDirectory(dir=target) as made:
@@ -64,20 +73,20 @@ def release(run_dir):
                 figures["kid_held_out"] = {code: figures["kid_held_out"][code]}
                 figures["kid_held_out_of_stage1"] = {code: assets[0]["figures"]["kid_held_out"][code]}
                 figures["memorisation"] = results[step]["numbers"]["memorisation"]
-            assets.append(_entry(file, header, "stage2" if code else "stage1", code, results, step, figures))
-        step, figures = _better_classifier(results)
-        file = made / "classifier-mobilenetv2.safetensors"
-        header = _write_half(run_dir / step / "model.safetensors", file)
-        assets.append(_entry(file, header, "classifier", None, results, step, figures))
+            assets.append(_generator_entry(file, header, code, results, step, figures))
+        if classifier:
+            assets.append(_classifier_entry(Path(classifier), made / "classifier-mobilenetv2.safetensors", results))
 
-        total = sum(asset["bytes"] for asset in assets)
+        manifest = _manifest_with(assets)
+        total = sum(asset["bytes"] for asset in manifest["assets"] if asset["sources"]["repo"])
         if total > LIMIT:
             raise UserError(f"The files have {total / 1e6:.1f} MB together, {LIMIT / 1e6:.0f} MB may be released.")
         for asset in assets:
             os.replace(made / asset["file"], target / asset["file"])
     with atomic_path(target / "samples.png") as temporary:
         Image.fromarray(generation.mosaic(np.concatenate(rows))).save(temporary)
-    _write_manifest(assets)
+    write_json(weights.MANIFEST, manifest)
+    card.write(target / "README.md", manifest["assets"])
     return {asset["name"]: asset["bytes"] / 1e6 for asset in assets} | {"together": total / 1e6}
 
 
@@ -93,8 +102,9 @@ def _write_half(source, target, training=None):
         discriminator = checkpoints.without_prefix("discriminator", checkpoints.load(training)[0])
         tensors |= checkpoints.prefixed("discriminator", discriminator)
     header["released_from"] = sha256(source)
-    if header["settings"].get("start_from"):
-        header["settings"]["start_from"] = Path(header["settings"]["start_from"]).name
+    for name in ("start_from", "continue_from"):  # a path of the machine that it was trained on
+        if header["settings"].get(name):
+            header["settings"][name] = Path(header["settings"][name]).name
     checkpoints.save(target, half(tensors), header)
     return header
 
@@ -131,41 +141,69 @@ class _Distance:
         return found
 
 
-def _better_classifier(results):
-    """(step, figures) of the classifier that is better on real validation images."""
-    found = {BASELINE: {"validation": results[BASELINE]["numbers"]["val"]}}
-    if results[CLASSIFIER]:
-        numbers = results[CLASSIFIER]["numbers"]
-        found[BASELINE]["test"] = numbers["test"]["real only"]
-        found[CLASSIFIER] = {
-            "validation": numbers["validation"]["real validation"],
-            "test": numbers["test"]["real + generated"],
-        }
-    step = max(found, key=lambda step: found[step]["validation"]["metrics"]["balanced_accuracy"]["value"])
-    figures = {split: {"images": f["images"], **f["metrics"]} for split, f in found[step].items()}
-    return step, {"trained_with_generated_images": step == CLASSIFIER, **figures}
+def _classifier_result(folder):
+    if not (folder / "model.safetensors").exists() or not (folder / "result.json").exists():
+        raise UserError(f"{folder} holds no trained classifier: model.safetensors and result.json are expected there.")
+    result = read_json(folder / "result.json")
+    if result["model_sha256"] != sha256(folder / "model.safetensors"):
+        raise UserError(f"{folder / 'result.json'} tells of another model.safetensors: train the classifier again.")
+    return result
 
 
-def _entry(file, header, stage, code, results, step, figures):
+def _classifier_entry(folder, file, results):
+    """The entry of a trained classifier, which goes to `file`; its figures are of lesions that it did not learn from.
+
+    Of one that went on with all images nothing is left to judge: its figures are those that it had before.
+    """
+    result, judged = _classifier_result(folder), folder / "test" / "result.json"
+    refitted = "validation" not in result
+    if refitted:
+        judged = folder.parent / "seed0" / "test" / "result.json"
+    figures = {"went_on_with_all_images": refitted, "trained_with": result["training_images"]}
+    if judged.exists():
+        test = read_json(judged)
+        figures["test"] = {"images": test["images"], **test["metrics"]}
+    header = _write_half(folder / "model.safetensors", file)
+    split = "none: every image was trained on" if refitted else _split(results)
+    trained_on = {"data": results[runs.START]["data_name"], "split": split, "iterations": None}
+    trained_on |= {
+        "command": f"python -m stgan_utils arms {'refit' if refitted else 'train'} {result['arm']} --run RUN"
+    }
+    trained_on |= {"commit": header["git_commit"]}
+    stage = {"stage": "classifier", "class_order": header["class_order"]}
+    return _entry(file, header, trained_on, figures) | stage
+
+
+def _generator_entry(file, header, code, results, step, figures):
+    trained_on = {
+        "data": results[runs.START]["data_name"] + (f", {code} only" if code else ""),
+        "split": _split(results),
+        "iterations": header["iteration"],
+        "command": _command(results, step),
+        "commit": header["git_commit"],
+    }
+    stage = {"stage": "stage2" if code else "stage1", "lesion_class": code}
+    return _entry(file, header, trained_on, figures) | stage
+
+
+def _split(results):
+    return f"train, by lesion, seed {results[runs.START]['settings']['seed']}"
+
+
+def _entry(file, header, trained_on, figures):
     return {
         "name": file.stem,
-        "stage": stage,
-        "lesion_class": code,
+        "stage": None,
+        "lesion_class": None,
         "architecture": header["architecture"],
-        "class_order": header["class_order"] if stage == "classifier" else None,
+        "class_order": None,
         "preprocessing": header.get("preprocessing", {"range": [-1, 1]}),
         "file": file.name,
         "unpack": False,
         "bytes": file.stat().st_size,
         "sha256": sha256(file),
         "licence": LICENCE,
-        "trained_on": {
-            "data": results[runs.START]["data_name"] + (f", {code} only" if code else ""),
-            "split": f"train, by lesion, seed {results[runs.START]['settings']['seed']}",
-            "iterations": header.get("iteration"),
-            "command": _command(results, step),
-            "commit": header["git_commit"],
-        },
+        "trained_on": trained_on,
         "figures": figures,
         "sources": {"repo": f"weights/{file.name}", "kaggle": None, "url": None},
     }
@@ -174,7 +212,7 @@ def _entry(file, header, stage, code, results, step, figures):
 def _command(results, step):
     """What makes a step again: the profile, and each setting in which the run differed from it."""
     result = results[step]
-    kind = {BASELINE: "baseline", STAGE1: "stage1", CLASSIFIER: "classifier"}.get(step, "stage2")
+    kind = "stage1" if step == STAGE1 else "stage2"
     usual = asdict(config.resolve(kind, result["profile"]))
     own = {name: value for name, value in result["settings"].items() if name not in ("lesion", "start_from")}
     words = [f"-p {kind}.{name} {value}" for name, value in own.items() if value != usual.get(name)]
@@ -182,9 +220,9 @@ def _command(results, step):
     return " ".join([f"python -m stgan_utils run --data {data} --profile {result['profile']}", *words])
 
 
-def _write_manifest(assets):
+def _manifest_with(assets):
     manifest = read_json(weights.MANIFEST)
     names = [asset["name"] for asset in assets]
     manifest["assets"] = assets + [asset for asset in manifest["assets"] if asset["name"] not in names]
     jsonschema.validate(manifest, read_json(SCHEMA))
-    write_json(weights.MANIFEST, manifest)
+    return manifest

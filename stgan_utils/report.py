@@ -58,6 +58,11 @@ def build(run_dir, overview=()):
         data_name=results[0]["data_name"],
         arms=list(arms),
         rows=_metric_rows(arms),
+        models=[
+            [result["step"], model["file"], model.get("origin", "made here"), model["sha256"]]
+            for result in results
+            for model in result["models"]
+        ],
         kept=_kept(numbers.get("04_deduplicate", {})),
         seconds=sum(result["seconds"] for result in results),
     )
@@ -76,7 +81,6 @@ def _section(run_dir, result):
         **result,
         "title": TITLES.get(number, step) + lesion,
         "figures": _figures(run_dir / step, result["figures"]),
-        "models": [[model["file"], model["sha256"]] for model in result["models"]],
         "notebook": notebook if (run_dir / notebook).exists() else None,
     }
 

@@ -7,6 +7,7 @@ finished. Both are compared with what is asked for, so that two runs never mix i
 import hashlib
 import json
 import math
+import os
 import platform
 import subprocess
 import time
@@ -199,11 +200,12 @@ class OpenStep:
         rows = [list(row) for row in flat.itertuples(index=False, name=None)]
         self.tables.append({"title": title, "columns": [str(name) for name in flat.columns], "rows": rows})
 
-    def model(self, path):
-        """Remembers a model file and its checksum."""
+    def model(self, path, origin="made here"):
+        """Remembers a model file, its checksum and its origin: "made here", or what it was used for and whose it is."""
         path = Path(path).resolve()
-        name = path.relative_to(self.folder) if path.is_relative_to(self.folder) else path
-        self.models.append({"file": str(name), "sha256": files.sha256(path)})
+        # Inside the run folder relative to the step's own, so that a run can be moved.
+        name = os.path.relpath(path, self.folder) if path.is_relative_to(self.run_dir) else path
+        self.models.append({"file": Path(name).as_posix(), "origin": origin, "sha256": files.sha256(path)})
 
     def finish(self, numbers, learnt):
         """Writes `result.json`: from now on the step counts as done.

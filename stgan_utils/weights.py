@@ -8,6 +8,7 @@ cache; then downloaded into the cache. Nothing is used before its SHA-256 was co
 import contextlib
 import hashlib
 import os
+import shutil
 import sys
 from pathlib import Path, PurePosixPath
 
@@ -16,7 +17,7 @@ from filelock import FileLock
 from stgan_utils import download
 from stgan_utils.config import UserError
 from stgan_utils.data import cache_folder
-from stgan_utils.files import read_json, sha256, write_json
+from stgan_utils.files import atomic_path, read_json, sha256, write_json
 from stgan_utils.layouts import whole_folder
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -101,6 +102,67 @@ def resolve(name_or_file, folder=None):
     return file
 
 
+# --- in place of training ---------------------------------------------------------------------------------------
+
+
+def choose_released(settings):
+    """The entry of the manifest that stands in for a step's training, or None: it trains.
+
+    With "auto", weights of the repository's release that are on this machine and have class, size and widths of the
+    settings. With a name, any weights of that class and size; the widths are then theirs.
+
+    Args:
+        settings: `Stage1Settings` or `Stage2Settings`.
+
+    Raises:
+        UserError: weights asked for by name are not there, or draw something else.
+    """
+    lesion, named = getattr(settings, "lesion", None), settings.weights
+    wanted = {"stage": "stage2" if lesion else "stage1", "lesion_class": lesion, "unpack": False}
+    if named == "train":
+        return None
+    if named == "auto":
+        wanted["architecture"] = {"kind": "fastgan"} | {name: getattr(settings, name) for name in ("size", "ngf", "nz")}
+        released = [each for each in manifest().values() if each["sources"]["repo"]] if MANIFEST.exists() else []
+        return next((each for each in released if wanted.items() <= each.items() and find(each["name"])), None)
+    asset = entry(named)
+    size = (asset["architecture"] or {}).get("size")
+    if not wanted.items() <= asset.items() or size != settings.size:
+        there, asked = (
+            f"{each['stage']}, {each['lesion_class'] or 'all classes'}, {side} px"
+            for each, side in ((asset, size), (wanted, settings.size))
+        )
+        raise UserError(
+            f"weights is {named!r} ({there}), but what is asked for is {asked}: name others (`weights list` shows "
+            "them), or set size, or weights to 'train'."
+        )
+    return asset
+
+
+def use_released(asset, target):
+    """Put the checked file of an asset at `target`, as one of our files; FastGAN's own format is converted.
+
+    Returns:
+        Markdown: what is used in place of a training, in bold, with name and SHA-256 (of the file as published).
+
+    Raises:
+        UserError: as `path`; or as `checkpoints.convert`.
+    """
+    source, known = path(asset["name"]), asset["trained_on"]
+    if source.suffix == ".safetensors":
+        with atomic_path(target) as temporary:
+            shutil.copyfile(source, temporary)
+    else:
+        from stgan_utils import checkpoints  # torch
+
+        checkpoints.convert(source, target)
+    return (
+        f"**Nothing is trained here: released weights `{asset['name']}`, SHA-256 `{sha256(source)}`.** Trained on "
+        f"{known['data']} ({known['split']}); licence: {asset['licence']}. Lesions among those images are no fair test "
+        "of what is made with these weights."
+    )
+
+
 # --- checksums --------------------------------------------------------------------------------------------------
 
 
@@ -123,6 +185,11 @@ def check(name, place, advice="delete it and fetch it again; `git checkout weigh
     found, size = digest(place)
     if not known["sha256"]:
         known, source = _recorded(name, found, size), str(_lock_file())
+    if known["bytes"] and size < known["bytes"]:
+        raise UserError(
+            f"{place} is cut short, or not {name}: it has {size:,} bytes, {source} says {known['bytes']:,} bytes; "
+            f"{advice}."
+        )
     if found != known["sha256"]:
         raise UserError(
             f"{place} is damaged, or not {name}: its {size:,} bytes have SHA-256 {found[:12]}…, {source} says "

@@ -1,5 +1,6 @@
 """The experiment: which images an arm gets, equal steps, nothing of the test split before the table, the refit."""
 
+import re
 import shutil
 
 import numpy as np
@@ -7,7 +8,7 @@ import pandas as pd
 import pytest
 import torch
 
-from stgan_utils import arms, classifier, data, evaluation, files
+from stgan_utils import arms, classifier, data, evaluation, files, findings, finetune
 from stgan_utils.backbone import IMAGENET_SCALING
 from stgan_utils.config import UserError
 from stgan_utils.lesions import CLASSES, MINORITY
@@ -95,11 +96,30 @@ def test_arms_take_equal_steps_and_leave_the_test_split_to_the_table(run_dir):
     assert "test" not in set(mixed)
     answers = pd.read_csv(folder / "predictions.csv")
     assert sorted(answers["image_id"]) == sorted(table.loc[table["split"] != "train", "image_id"])  # real ones only
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(UserError, match="other settings"):
+        patch.setitem(arms.RECIPE, "epochs", 3)
+        arms.train("gan-raw", run_dir, 1)
     written = (folder / "model.safetensors").stat().st_mtime_ns
     assert arms.train("gan-raw", run_dir, 1) == folder
     assert (folder / "model.safetensors").stat().st_mtime_ns == written
 
-    compared = arms.compare(run_dir, bootstrap=50).set_index("arm")
+    # The adjustment is that of the real images, unless the arm is about just that.
+    real = table[table["split"] == "train"]["label"].value_counts()
+    with pytest.MonkeyPatch.context() as patch:
+        seen = {}
+        adjusted = finetune.adjusted_loss
+        patch.setattr(
+            finetune, "adjusted_loss", lambda *a: (seen.setdefault("adjustment", a[2]), adjusted(*a))[1], raising=True
+        )
+        for name, same in (("gan-dedup", True), ("gan-mixed-prior", False)):
+            seen.clear()
+            shutil.rmtree(run_dir / "arms" / name, ignore_errors=True)
+            arms.train(name, run_dir, 0)
+            shares = torch.tensor([real[code] / real.sum() for code in CLASSES])
+            assert torch.allclose(seen["adjustment"].exp(), shares.float()) is same
+            shutil.rmtree(run_dir / "arms" / name)
+
+    compared = findings.compare(run_dir, bootstrap=50).set_index("arm")
     assert compared.loc["real", "to_beat"] and compared.loc["real", "difference"] == 0
     for name in ("real", "gan-raw"):
         scores = []
@@ -108,14 +128,14 @@ def test_arms_take_equal_steps_and_leave_the_test_split_to_the_table(run_dir):
             answers = answers[answers["split"] == "test"]
             scores.append(evaluation.balanced_accuracy(answers["label"], answers[list(CLASSES)]))
         assert compared.loc[name, "balanced_accuracy"] == pytest.approx(np.mean(scores))
-    text = arms.write_comparison(run_dir)
+    text = findings.write_comparison(run_dir)
     assert text.count("\n") == 3 and "the one to beat" in text
     for name in ("arms.csv", "arms.md", "arms.png"):
         assert (run_dir / "arms" / name).stat().st_size
 
     arms.train("cutmix", run_dir, 0)
     with pytest.raises(UserError, match="different numbers of seeds"):
-        arms.compare(run_dir)
+        findings.compare(run_dir)
     shutil.rmtree(run_dir / "arms" / "cutmix")
 
 
@@ -124,17 +144,25 @@ def test_refit_takes_every_real_image_and_the_temperature_of_the_split_run(run_d
         arms.refit("release", run_dir)
     arms.train("release", run_dir, 0)
     folder = arms.refit("release", run_dir)
+    taught_by = files.read_json(folder / "result.json")["taught_by"]
+    assert list(taught_by) == [f"arms/{name}/seed0/model.safetensors" for name in ("release-128px", "release")]
     judged = classifier.Classifier.load(run_dir / "arms" / "release" / "seed0" / "model.safetensors")
     refitted = classifier.Classifier.load(folder / "model.safetensors")
     assert refitted.size == judged.size == 48
     assert refitted.answering["temperature"] == judged.answering["temperature"] != 1
-    assert refitted.settings["start_from"] == str(run_dir / "arms" / "release-128px" / "refit" / "model.safetensors")
+    # Each phase goes on from the one before.
+    assert refitted.settings["continue_from"] == str(run_dir / "arms" / "release" / "seed0" / "model.safetensors")
+    assert judged.settings["continue_from"] == str(run_dir / "arms" / "release-128px" / "seed0" / "model.safetensors")
     result = files.read_json(folder / "result.json")
     assert sum(result["training_images"]["real"].values()) == 210
-    assert "release" not in set(arms.compare(run_dir, bootstrap=5)["arm"])  # more steps than the arms: not among them
-    assert "balanced_accuracy" in arms.write_judgement("release", run_dir)
-    test = files.read_json(run_dir / "arms" / "release" / "seed0" / "test.json")
+    assert "release" not in set(
+        findings.compare(run_dir, bootstrap=5)["arm"]
+    )  # more steps than the arms: not among them
+    page = findings.judge("release", run_dir, bootstrap=20)
+    test = files.read_json(page.parent / "result.json")
     assert test["images"] == (data.read_table(run_dir / "00_start_here" / "table.csv")["split"] == "test").sum()
+    pictures = re.findall(r"\((.*\.png)\)", page.read_text())
+    assert len(pictures) >= 5 and all((page.parent / picture).stat().st_size for picture in pictures)
 
 
 def test_what_is_missing_is_named(run_dir, tmp_path):
@@ -143,6 +171,6 @@ def test_what_is_missing_is_named(run_dir, tmp_path):
     with pytest.raises(UserError, match="run step 00_start_here"):
         arms.train("real", tmp_path, 0)
     with pytest.raises(UserError, match="no trained arm"):
-        arms.compare(tmp_path)
+        findings.compare(tmp_path)
     with pytest.raises(UserError, match="real-only"):
         arms.refit("gan-raw", run_dir)

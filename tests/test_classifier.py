@@ -209,6 +209,19 @@ def test_killed_and_resumed_ends_bit_identical(tmp_path):
         finetune.train(SETTINGS, images, labels, np.arange(48), sets[3], tmp_path / "killed")
 
 
+def test_a_teacher_is_followed_where_it_contradicts_the_labels(tmp_path):
+    """Half of the loss: labels say one thing, the teacher is sure of another class, and both get their share."""
+    images, labels = toy(210)
+    taught = np.roll(np.eye(7, dtype=np.float32)[[CLASSES.index(label) for label in labels]], 1, axis=1)
+    settings = replace(SETTINGS, epochs=12, learning_rate=3e-3, logit_adjustment=0.0)
+    finetune.train(settings, images, labels, np.arange(210), None, tmp_path, taught=taught)
+    proba = clf.Classifier.load(tmp_path / finetune.MODEL_FILE).predict_proba(images).to_numpy()
+    own = np.array([CLASSES.index(label) for label in labels])
+    rows = np.arange(210)
+    assert proba[rows, own].mean() == pytest.approx(0.5, abs=0.1)
+    assert proba[rows, (own + 1) % 7].mean() == pytest.approx(0.5, abs=0.1)
+
+
 def test_wrong_sets_and_nan_say_what_to_do(tmp_path):
     images, labels = toy(40)
     rows, val = np.arange(30), np.arange(30, 40)

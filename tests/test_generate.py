@@ -225,6 +225,12 @@ def test_half_precision_is_loaded_as_float32(generator, checkpoint, tmp_path):
 # --- a release --------------------------------------------------------------------------------------------------
 
 
+def save_classifier(file):
+    torch.manual_seed(0)
+    classifier.Classifier({"size": 64, "mean": [0.5] * 3, "std": [0.5] * 3}).save(file)
+    return file
+
+
 @pytest.fixture(scope="module")
 def finished(phantom_dir, tmp_path_factory):
     """A run folder as far as a release reads it; nothing in it is trained."""
@@ -241,26 +247,31 @@ def finished(phantom_dir, tmp_path_factory):
             run_dir / step / "result.json", common | {"numbers": numbers, "settings": {"seed": 0, **dict(settings)}}
         )
 
-    def metrics(value):
-        return {"images": 35, "metrics": {"balanced_accuracy": {"value": value, "low": 0.1, "high": 0.9}}}
-
     result("00_start_here", {})
-    scaling = {"size": 64, "mean": [0.5] * 3, "std": [0.5] * 3}
-    for step, seed in (("01_baseline", 0), ("05_classifier", 1)):
-        torch.manual_seed(seed)
-        classifier.Classifier(scaling).save(run_dir / step / "model.safetensors")
-    result("01_baseline", {"val": metrics(0.5)})
-    test = {"real only": metrics(0.6), "real + generated": metrics(0.4)}
-    result("05_classifier", {"validation": {"real validation": metrics(0.4)}, "test": test})
+    save_classifier(run_dir / "01_baseline" / "model.safetensors")
     for seed, step in enumerate(["02_stage1_global_gan", *(f"03_stage2_{code}" for code in MINORITY)]):
         lesion = {"lesion": step.split("_")[-1]} if "stage2" in step else {}
         settings = {"iterations": 9, "ngf": 8, "start_from": "", **lesion}
         header = {"settings": settings, "iteration": 7}
         checkpoints.save_generator(run_dir / step / "best.safetensors", trained(seed=seed), header)
-        result(step, {"memorisation": {"feature": {"nearer": 0.5}}}, settings)
+        memorised = {kind: {"nearer": 0.5, "p_value": 0.4} for kind in ("feature", "hash")}
+        result(step, {"memorisation": memorised | {"n": 16, "n_control": 5}}, settings)
     critic = checkpoints.prefixed("discriminator", Discriminator(64, 8).state_dict())
     checkpoints.save(run_dir / "02_stage1_global_gan" / "checkpoint.safetensors", critic, {})
     return run_dir
+
+
+@pytest.fixture(scope="module")
+def chosen(tmp_path_factory):
+    """A recipe's folder as `arms` leaves it: judged on the train split's network, trained anew on all images."""
+    arm = tmp_path_factory.mktemp("arms") / "release"
+    for part, more in (("seed0", {"validation": {"epoch": 1}}), ("refit", {})):
+        model = save_classifier(arm / part / "model.safetensors")
+        known = {"arm": "release", "model_sha256": files.sha256(model), "training_images": {"real": {"NV": 9}}}
+        files.write_json(arm / part / "result.json", known | more)
+    accuracy = {"balanced_accuracy": {"value": 0.6, "low": 0.5, "high": 0.7}}
+    files.write_json(arm / "seed0" / "test" / "result.json", {"images": 35, "metrics": accuracy})
+    return arm
 
 
 @pytest.fixture
@@ -273,9 +284,10 @@ def repository(tmp_path, monkeypatch):
     return tmp_path
 
 
-def test_release(finished, repository, phantom_dir, monkeypatch, capsys):
+def test_release(finished, chosen, repository, phantom_dir, monkeypatch, capsys):
     before = set(weights.manifest())
-    code, said, err = command(monkeypatch, capsys, "weights", "release", finished)
+    words = ("weights", "release", finished, "--classifier", chosen / "refit")
+    code, said, err = command(monkeypatch, capsys, *words)
     assert code == 0, err
     assert said.splitlines()[-1].startswith("together")
     manifest = json.loads(weights.MANIFEST.read_text())
@@ -285,7 +297,7 @@ def test_release(finished, repository, phantom_dir, monkeypatch, capsys):
     assert {wrong for name, _, wrong in weights.verify() if name in made} == {None}
     assert sum(weights.entry(name)["bytes"] for name in made) < 20e6
     left = {file.name for file in (repository / "weights").iterdir()}
-    assert left == {f"{name}.safetensors" for name in made} | {"samples.png"}
+    assert left == {f"{name}.safetensors" for name in made} | {"samples.png", "README.md"}
     assert Image.open(repository / "weights" / "samples.png").size == (512, 448)
 
     entry = weights.entry("stage2-vasc-64px")
@@ -304,10 +316,12 @@ def test_release(finished, repository, phantom_dir, monkeypatch, capsys):
     assert distances[1] == weights.entry("stage1-64px")["figures"]["kid_held_out"]["VASC"]
     assert str(finished) not in weights.MANIFEST.read_text()
 
-    chosen = weights.entry("classifier-mobilenetv2")  # the baseline is better on validation images
-    assert chosen["figures"]["trained_with_generated_images"] is False
-    assert chosen["figures"]["test"]["balanced_accuracy"]["value"] == 0.6
-    baseline = classifier.Classifier.load(finished / "01_baseline" / "model.safetensors")
+    known = weights.entry("classifier-mobilenetv2")
+    assert known["figures"]["went_on_with_all_images"] and known["class_order"] == list(CLASSES)
+    assert known["figures"]["test"] == {"images": 35, "balanced_accuracy": {"value": 0.6, "low": 0.5, "high": 0.7}}
+    assert known["trained_on"]["command"].endswith("arms refit release --run RUN")
+    assert "every image" in known["trained_on"]["split"]
+    baseline = classifier.Classifier.load(chosen / "refit" / "model.safetensors")
     released = classifier.Classifier.load(weights.path("classifier-mobilenetv2"))
     images = np.stack([np.asarray(Image.open(file)) for file in sorted(phantom_dir.rglob("*.jpg"))[:4]])
     assert np.allclose(released.predict_proba(images), baseline.predict_proba(images), atol=5e-3)
@@ -331,7 +345,35 @@ def test_release(finished, repository, phantom_dir, monkeypatch, capsys):
         assert code == 2 and "is damaged, or not classifier-mobilenetv2" in err and err.count("\n") == 1
 
 
-def test_a_release_is_refused_whole(finished, repository, monkeypatch):
+def test_the_model_card_says_what_the_manifest_says(finished, chosen, repository, monkeypatch):
+    def distance(self, file):
+        if file.stem == "stage1-64px":
+            return {code: {"kid": 0.5, "low": 0.45, "high": 0.55, "real": 10, "generated": 16} for code in CLASSES}
+        kid = {"stage2-bcc-64px": 0.6, "stage2-df-64px": 0.49}.get(file.stem, 0.4)
+        return {c: {"kid": kid, "low": kid - 0.04, "high": kid + 0.04, "real": 10, "generated": 16} for c in CLASSES}
+
+    monkeypatch.setattr(release._Distance, "__call__", distance)
+    release.release(finished)
+    card = (repository / "weights" / "README.md").read_text()
+    assert "| BCC | 10 | 0.600 (0.560 – 0.640) | 0.500 (0.450 – 0.550) | **no** |" in card
+    assert "| DF | 10 | 0.490 (0.450 – 0.530) | 0.500 (0.450 – 0.550) | yes, but the intervals overlap |" in card
+    assert "| MEL | 10 | 0.400 (0.360 – 0.440) | 0.500 (0.450 – 0.550) | yes |" in card
+    assert "It is **not** lower for BCC." in card and "samples.png" in card and str(finished) not in card
+    for wanted in ("CC BY-NC 4.0", "180161", "Not a medical device", "Memorisation", "phantom, n = 140", "| 16 / 5 |"):
+        assert wanted in card, wanted
+    for name, asset in weights.manifest().items():
+        assert (f"`{name}`" in card and asset["sha256"][:16] in card) == bool(asset["sources"]["repo"])
+    assert "predict" not in card and "classifier-mobilenetv2" not in weights.manifest()
+
+    release.release(finished, chosen / "seed0")
+    known = weights.entry("classifier-mobilenetv2")
+    assert not known["figures"]["went_on_with_all_images"] and "by lesion" in known["trained_on"]["split"]
+    assert "| balanced accuracy | 0.600 (0.500 – 0.700) |" in (repository / "weights" / "README.md").read_text()
+    release.release(finished)
+    assert weights.entry("classifier-mobilenetv2") == known  # a release without one leaves it alone
+
+
+def test_a_release_is_refused_whole(finished, chosen, repository, monkeypatch):
     manifest = weights.MANIFEST.read_text()
     monkeypatch.setattr(release, "LIMIT", 1_000_000)
     monkeypatch.setattr(release._Distance, "__call__", lambda self, file: dict.fromkeys(CLASSES, 0))
@@ -343,3 +385,16 @@ def test_a_release_is_refused_whole(finished, repository, monkeypatch):
     assert not any((repository / "weights").iterdir()) and weights.MANIFEST.read_text() == manifest
     with pytest.raises(UserError, match=r"is not a finished run: 00_start_here, .* is not done"):
         release.release(repository)
+    other = repository / "other"
+    shutil.copytree(chosen / "refit", other)
+    (other / "model.safetensors").write_bytes(b"")
+    with pytest.raises(UserError, match=r"tells of another model\.safetensors"):
+        release.release(finished, other)
+    borrowed = repository / "borrowed"
+    shutil.copytree(finished, borrowed)
+    stage1 = files.read_json(borrowed / release.STAGE1 / "result.json")
+    files.write_json(borrowed / release.STAGE1 / "result.json", stage1 | {"numbers": {"released": "stage1-64px"}})
+    with pytest.raises(UserError, match=r"trained nothing in 02_stage1_global_gan: it used released weights"):
+        release.release(borrowed)
+    with pytest.raises(UserError, match=r"nothing holds no trained classifier: model\.safetensors and result\.json"):
+        release.release(finished, repository / "nothing")

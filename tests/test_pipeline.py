@@ -148,6 +148,11 @@ def test_how_a_notebook_ends_is_told(body, error, message, sequence, tmp_path, m
         ({"params": {"lesion": "MEL"}}, "No step has a setting 'lesion'"),
         ({"params": {"iterations": "many"}}, "iterations is 'many', it must be a whole number"),
         ({"params": {"start_from": "nothing.pth"}}, r"nothing\.pth', there is no such file"),
+        ({"params": {"stage1.weights": "none-such"}}, "There are no weights 'none-such'; the manifest names "),
+        (
+            {"params": {"stage1.weights": "prior-stage1-256px"}},
+            r"'prior-stage1-256px' \(stage1, all classes, 256 px\), but what is asked for is .* 64 px",
+        ),
         ({"profile": "smok"}, "No profile 'smok'"),
         ({"only": "09"}, "No step '09'; there are 00_start_here"),
         ({"start": "x"}, "No step 'x'"),

@@ -55,7 +55,8 @@ def metrics(value):
 def test_page_is_self_contained_escaped_and_complete(tmp_path):
     write_step(tmp_path, "00_start_here")
     write_step(tmp_path, "01_baseline")
-    write_step(tmp_path, "03_stage2_MEL", width=2400)
+    released = {"file": "best.safetensors", "origin": "released: stage2-mel-64px", "sha256": "cd" * 32}
+    write_step(tmp_path, "03_stage2_MEL", width=2400, models=[released])
     write_step(tmp_path, "04_deduplicate", numbers={"generated": 5000, "after_phash": 4000, "after_whash": 3000})
     write_step(tmp_path, "05_classifier", numbers={"test": {"real": metrics(0.5), "both": metrics(0.625)}})
     write_step(tmp_path, "07_report")
@@ -83,6 +84,9 @@ def test_page_is_self_contained_escaped_and_complete(tmp_path):
         "4,000",
         "3,000",
         "ab" * 32,
+        "made here",
+        "released: stage2-mel-64px",
+        "cd" * 32,
         "melanoma",
         'name="viewport"',
     ):

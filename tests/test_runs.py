@@ -49,6 +49,9 @@ def test_result_holds_what_was_collected(run_dir, capsys):
     step.table(pd.DataFrame({"n": [1, np.nan]}, index=pd.Index(["a", "b"], name="class")), "counts")
     (step.folder / "model.bin").write_bytes(b"abc")
     step.model(step.folder / "model.bin")
+    (run_dir / runs.START / "earlier.bin").write_bytes(b"")
+    step.model(run_dir / runs.START / "earlier.bin", "used: to start from")
+    step.model(files.__file__, "used: elsewhere")
     step.finish({"kid": np.float32(0.5), "none": math.nan, "list": np.array([1, 2]), "deep": {"x": [math.inf]}}, "fine")
 
     stored = files.read_json(step.folder / "result.json")
@@ -58,8 +61,14 @@ def test_result_holds_what_was_collected(run_dir, capsys):
     assert stored["tables"] == [{"title": "counts", "columns": ["class", "n"], "rows": [["a", 1.0], ["b", None]]}]
     assert stored["models"][0] == {
         "file": "model.bin",
+        "origin": "made here",
         "sha256": "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad",
     }
+    # Inside the run folder relative, so that a run can be moved; outside as it is.
+    assert [(model["file"], model["origin"]) for model in stored["models"][1:]] == [
+        (f"../{runs.START}/earlier.bin", "used: to start from"),
+        (files.__file__, "used: elsewhere"),
+    ]
     assert stored["settings"]["iterations"] == 7
     assert stored["data_name"] == runs.PHANTOM_NAME
     assert open_stage1(run_dir).earlier(runs.START)["step"] == runs.START

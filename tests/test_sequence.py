@@ -13,7 +13,7 @@ import pytest
 from conftest import ROOT
 from PIL import Image
 
-from stgan_utils import checkpoints, generation, pipeline, runs
+from stgan_utils import checkpoints, config, generation, pipeline, runs, weights
 from stgan_utils.files import sha256
 from stgan_utils.lesions import CLASSES, MINORITY
 
@@ -144,6 +144,48 @@ def test_stage2_refuses_a_class_with_fewer_images_than_a_batch(smoke, started):
     assert "fewer than a batch of 64" in ran.stderr and len(ran.stderr.strip().splitlines()) == 1
     # Asked again with what fits, the same folder goes on.
     assert run_stage2(started).returncode == 0
+
+
+def test_auto_trains_where_nothing_released_fits_and_says_so(smoke, started):
+    shutil.copytree(smoke / "02_stage1_global_gan", started / "02_stage1_global_gan")
+    ran = run_stage2(started, "-p", "stage2.weights", "auto")  # nobody releases networks as narrow as these
+    assert ran.returncode == 0, ran.stderr
+    assert "No released DF weights at 64 px, ngf 8, nz 256: training." in _outputs(started, "03_stage2_DF")
+    result = runs.result(started, "03_stage2_DF")
+    assert result["numbers"]["kid_best"] is not None and "released" not in result["numbers"]
+    by_origin = {model["origin"]: model["sha256"] for model in result["models"]}
+    assert by_origin["used: to start from"] == sha256(started / "02_stage1_global_gan" / "checkpoint.safetensors")
+    assert by_origin["made here"] == sha256(started / "03_stage2_DF" / "best.safetensors")
+
+
+def test_released_weights_stand_in_for_training(started):
+    quick = (config.resolve("stage1", "quick"), config.resolve("stage2", "quick", {"lesion": "DF"}))
+    released = [weights.choose_released(settings) for settings in quick]
+    if not all(released):
+        pytest.skip("no weights of the quick profile are released")
+    words = ["--data", "phantom", "--profile", "smoke", "--out", started, "-p", "ngf", "16", "-p", "weights", "auto"]
+    for asset, step in zip(released, ("02_stage1_global_gan", "03_stage2_DF"), strict=True):
+        ran = command("stgan_utils", "run", *words, "--only", step)
+        assert ran.returncode == 0, ran.stderr
+        said = _outputs(started, step)
+        assert f"**Nothing is trained here: released weights `{asset['name']}`, SHA-256 `{asset['sha256']}`.**" in said
+        assert "a KID to drawn ones would mean nothing" in said or "KID is left out" in said
+        result = runs.result(started, step)
+        (model,) = result["models"]
+        assert model["origin"] == f"released: {asset['name']}" and model["sha256"] == asset["sha256"]
+        assert sha256(started / step / model["file"]) == asset["sha256"]
+        assert result["numbers"]["quality"] is None and asset["name"] in result["learnt"]
+        assert {"samples", "interpolation"} <= {figure["file"][8:-4] for figure in result["figures"]}
+        assert not (started / step / "history.csv").exists()
+    rows = pd.read_csv(started / "03_stage2_DF" / "synthetic.csv")
+    assert set(rows["checkpoint_sha256"]) == {released[1]["sha256"]} and len(rows) == 24
+
+
+def _outputs(run_dir, step):
+    """What an executed notebook printed and displayed as Markdown."""
+    notebook = json.loads((run_dir / "notebooks" / f"{step}.ipynb").read_text(encoding="utf-8"))
+    outputs = [output for cell in notebook["cells"] for output in cell.get("outputs", [])]
+    return "".join("".join(o.get("text", o.get("data", {}).get("text/markdown", ""))) for o in outputs)
 
 
 @pytest.mark.parametrize(

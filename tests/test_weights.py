@@ -6,6 +6,7 @@ import hashlib
 import http.server
 import io
 import json
+import pickle
 import shutil
 import subprocess
 import sys
@@ -17,11 +18,13 @@ from pathlib import Path
 
 import jsonschema
 import pytest
+import torch
 
 from stgan_utils import __main__ as cli
-from stgan_utils import download, weights
+from stgan_utils import checkpoints, classifier, config, download, weights
 from stgan_utils.config import UserError
-from stgan_utils.lesions import CLASSES
+from stgan_utils.fastgan import Discriminator, Generator
+from stgan_utils.lesions import CLASSES, MINORITY
 
 ROOT, SCHEMA = weights.ROOT, weights.ROOT / "stgan_utils" / "weights_manifest.schema.json"
 CONTENT = bytes(range(256)) * 2000  # half a megabyte
@@ -249,6 +252,176 @@ def test_an_unknown_checksum_is_recorded_at_first_use(place, server, capsys):
     with pytest.raises(UserError, match=r"weights\.lock\.json says 512,000 bytes"):
         weights.fetch("model")
     assert in_cache(place) == []
+
+
+RELEASED = {
+    asset["name"]: asset
+    for asset in json.loads((ROOT / "weights_manifest.json").read_text())["assets"]
+    if asset["sources"]["repo"]
+}
+
+
+@pytest.fixture(params=[*RELEASED] or [pytest.param(None, marks=pytest.mark.skip("nothing is released yet"))])
+def released(request, tmp_path):
+    """Each released file, as a copy that may be spoilt: its name and place."""
+    file = tmp_path / RELEASED[request.param]["file"]
+    shutil.copyfile(ROOT / RELEASED[request.param]["sources"]["repo"], file)
+    return request.param, file
+
+
+def test_a_released_file_that_was_changed_or_cut_is_refused(released):
+    name, file = released
+    whole = file.read_bytes()
+    assert weights.path(name, file.parent) == file
+    for at in (8, len(whole) // 2, len(whole) - 1):
+        file.write_bytes(whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1 :])
+        with pytest.raises(UserError, match=f"is damaged, or not {name}: its .* SHA-256"):
+            weights.path(name, file.parent)
+    for length in (0, 100, len(whole) - 1):
+        file.write_bytes(whole[:length])
+        with pytest.raises(UserError, match=f"is cut short, or not {name}: it has {length:,} bytes, .* {len(whole):,}"):
+            weights.path(name, file.parent)
+
+
+def test_a_released_file_without_one_of_its_tensors_is_refused(released):
+    name, file = released
+    tensors, header = checkpoints.load(file)
+    load = classifier.Classifier.load if RELEASED[name]["stage"] == "classifier" else checkpoints.load_generator
+    load(file)
+    del tensors[max(key for key in tensors if not key.startswith("discriminator") and tensors[key].ndim == 4)]
+    checkpoints.save(file, tensors, header)
+    with pytest.raises(UserError, match="does not fit"):
+        load(file)
+
+
+# --- in place of training ---------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def shelf(place):
+    """A repository with Stage 1 and Stage 2 of DF at 64 px, Stage 1 at 128 px, and a set of the prior system's kind."""
+    declared = []
+    for name, size, lesion in (("stage1-64px", 64, None), ("stage2-df-64px", 64, "DF"), ("stage1-128px", 128, None)):
+        file = place / "weights" / f"{name}.safetensors"
+        tensors = checkpoints.prefixed("generator", Generator(size, 8, nz=32).state_dict())
+        checkpoints.save(file, tensors, {"architecture": {"kind": "fastgan", "size": size, "ngf": 8, "nz": 32}})
+        entry = asset(name, file.read_bytes(), repo=f"weights/{name}.safetensors") | {"file": file.name}
+        entry |= {"stage": "stage2" if lesion else "stage1", "lesion_class": lesion}
+        declared.append(entry | {"architecture": {"kind": "fastgan", "size": size, "ngf": 8, "nz": 32}})
+    theirs = asset("theirs", None, kaggle={"slug": "a/b", "file": None}, unpack=True)
+    declare(place, *declared, theirs | {"stage": "stage2", "lesion_class": ["DF"]})
+    return place
+
+
+def wanted(weights="auto", lesion=None, **more):
+    settings = {"size": 64, "ngf": 8, "nz": 32, "weights": weights} | more
+    return config.Stage2Settings(lesion=lesion, **settings) if lesion else config.Stage1Settings(**settings)
+
+
+def chosen(*given, **more):
+    found = weights.choose_released(wanted(*given, **more))
+    return found and found["name"]
+
+
+def test_auto_takes_what_fits_in_everything_and_is_here(shelf):
+    assert chosen() == "stage1-64px" and chosen(lesion="DF") == "stage2-df-64px" and chosen(size=128) == "stage1-128px"
+    assert chosen("train") is None
+    for other in ({"ngf": 16}, {"nz": 256}, {"size": 256}, {"lesion": "MEL"}):
+        assert chosen(**other) is None
+    (shelf / "weights" / "stage1-64px.safetensors").unlink()
+    assert chosen() is None  # it would have to be fetched
+    weights.MANIFEST.unlink()
+    assert chosen() is None
+
+
+def test_auto_takes_nothing_that_is_not_of_the_release(place):
+    """The prior system's GAN saw every image, this run's test lesions too."""
+    theirs = asset(kaggle={"slug": "a/b", "file": "model.bin"})
+    declare(place, theirs)
+    mounted = place / "kaggle" / "b" / "model.bin"
+    mounted.parent.mkdir(parents=True)
+    mounted.write_bytes(CONTENT)
+    assert chosen(ngf=16, nz=256) is None and chosen("model") == "model"
+
+
+def test_a_name_must_fit_in_class_and_size_alone(shelf):
+    assert chosen("stage1-64px", ngf=64, nz=256) == "stage1-64px"  # the widths are the file's
+    for given, sentence in (
+        ({"weights": "stage1-128px", "size": 256}, r"'stage1-128px' \(stage1, all classes, 128 px\), but .* 256 px"),
+        ({"weights": "stage2-df-64px"}, r"\(stage2, DF, 64 px\), but what is asked for is stage1, all classes, 64 px"),
+        ({"weights": "stage2-df-64px", "lesion": "MEL"}, r"\(stage2, DF, 64 px\), but .* stage2, MEL, 64 px"),
+        ({"weights": "stage1-64px", "lesion": "DF"}, r"but what is asked for is stage2, DF, 64 px"),
+        ({"weights": "theirs", "lesion": "DF"}, r"'theirs' \(stage2"),
+        ({"weights": "stage1-65px"}, r"no weights 'stage1-65px'; the manifest names stage1-64px"),
+    ):
+        with pytest.raises(UserError, match=sentence) as raised:
+            chosen(**given)
+        assert "\n" not in str(raised.value)
+
+
+def test_released_weights_and_a_start_of_training_exclude_each_other():
+    with pytest.raises(UserError, match="start_from is for training, but weights is 'auto'"):
+        wanted(lesion="DF", start_from="all_1.pth")
+
+
+def test_what_is_used_is_the_checked_file_and_is_named(shelf, server):
+    target = shelf / "run" / "checkpoint.safetensors"
+    for broken, sentence in ((lambda b: b[:-1], "cut short"), (lambda b: b[:-1] + b"?", "damaged")):
+        file = shelf / "weights" / "stage1-64px.safetensors"
+        whole = file.read_bytes()
+        file.write_bytes(broken(whole))
+        with pytest.raises(UserError, match=sentence):
+            weights.use_released(weights.entry("stage1-64px"), target)
+        assert not target.exists()
+        file.write_bytes(whole)
+    said = weights.use_released(weights.entry("stage1-64px"), target)
+    digest = hashlib.sha256(whole).hexdigest()
+    assert said.startswith(f"**Nothing is trained here: released weights `stage1-64px`, SHA-256 `{digest}`.**")
+    assert hashlib.sha256(target.read_bytes()).hexdigest() == digest
+
+
+def test_weights_asked_for_by_name_are_fetched_and_foreign_ones_converted(place, server):
+    live = Generator(64, 8, nz=32)
+    buffer = io.BytesIO()
+    torch.save({"g": live.state_dict(), "d": Discriminator(64, 8).state_dict()}, buffer)
+    server.files["/model"] = buffer.getvalue()
+    entry = asset("model", buffer.getvalue(), url=server.url) | {"file": "all_1.pth"}
+    declare(place, entry)
+    target = place / "run" / "checkpoint.safetensors"
+    said = weights.use_released(weights.choose_released(wanted("model")), target)
+    assert hashlib.sha256(buffer.getvalue()).hexdigest() in said
+    assert checkpoints.read_header(target)["converted_from"] == entry["sha256"]
+    assert all(torch.equal(t, live.state_dict()[k]) for k, t in checkpoints.load_generator(target).state_dict().items())
+    assert checkpoints.load_discriminator(target).size == 64
+
+    # The same way, a pickle that would do something: its checksum may be right, it is opened all the same as tensors.
+    target.unlink()
+    mark = place / "executed"
+    evil = pickle.dumps({"g": Payload(mark), "d": Payload(mark)}, protocol=2)
+    server.files["/model"] = evil
+    declare(place, asset("evil", evil, url=server.url) | {"file": "evil.pth"})
+    with pytest.raises(UserError, match=r"evil\.pth holds more than tensors, or is damaged; it was not opened"):
+        weights.use_released(weights.entry("evil"), target)
+    assert not mark.exists() and not any(target.parent.iterdir())
+
+
+class Payload:
+    def __init__(self, mark):
+        self.mark = mark
+
+    def __reduce__(self):
+        return open, (str(self.mark), "w")
+
+
+def test_the_quick_profile_fits_what_is_released():
+    for kind, lesions in (("stage1", [{}]), ("stage2", [{"lesion": code} for code in MINORITY])):
+        for lesion in lesions:
+            settings = config.resolve(kind, "quick", lesion)
+            assert settings.weights == "auto"
+            if RELEASED:
+                assert weights.choose_released(settings), lesion
+    others = set(config.PROFILES) - {"quick"}
+    assert {config.resolve(kind, name).weights for kind in ("stage1", "stage2") for name in others} == {"train"}
 
 
 # --- from a URL -------------------------------------------------------------------------------------------------

@@ -1,0 +1,121 @@
+"""The model card of the released weights, `weights/README.md`: written from the manifest alone, so that both agree."""
+
+from stgan_utils.files import atomic_path
+from stgan_utils.lesions import LESIONS
+
+CREDIT = """CC BY-NC 4.0, as the images that they learnt from: HAM10000, P. Tschandl, C. Rosendahl, H. Kittler,
+*Scientific Data* 5, 180161, 2018, doi:10.1038/sdata.2018.161. Non-commercial use, with this credit; images made with
+them fall under the same licence."""
+LIMITS = """- Not a medical device. Generated images show no patient and prove nothing about lesions; no answer of a
+  classifier is a diagnosis.
+- HAM10000 shows mostly light skin from two clinics, photographed through a dermatoscope; nothing else is known here.
+- The images are small and the rare classes were learnt from few lesions: variety is limited, details are invented.
+- Half precision: pictures differ from those of the trained originals by two grey levels of 255 at most."""
+MEMORISED = """The chance that a generated image is nearer to a training image than a fresh real lesion of its class is:
+0.5 is what fresh lesions would give, 1 is copying; p belongs to a one-sided test for nearer. Far-off images pass it
+whatever they are, so read it with the distances above."""
+REFITTED = """The released file went on from there with **all** images, test lesions too: figures on any HAM10000
+training image flatter it, and those below are of the network before, which has learnt from the train split only. """
+
+
+def write(path, assets):
+    """Write the card.
+
+    Args:
+        path: of the card; `samples.png` lies beside it.
+        assets: entries of the manifest; those with a file in the repository are described.
+    """
+    assets = [asset for asset in assets if asset["sources"]["repo"]]
+    stage2 = [asset for asset in assets if asset["stage"] == "stage2"]
+    classifiers = [asset for asset in assets if asset["stage"] == "classifier"]
+    parts = [
+        "# Released weights\n\nWritten by `python -m stgan_utils weights release`; every figure stands in "
+        "`weights_manifest.json` too.",
+        "![Eight images from each generator](samples.png)\n*Eight images from each generator, none picked; "
+        f"from above: {', '.join(each['lesion_class'] or 'Stage 1' for each in assets if each not in classifiers)}.*",
+        "## What they are\n\nStage 1 is one FastGAN of all seven classes (generator and discriminator), Stage 2 the "
+        "same for one class each, started from it with Freeze-D and Barlow Twins.\n\n" + _files(assets),
+        "## Use\n\n```bash\npython -m stgan_utils weights verify\n"
+        f"python -m stgan_utils generate --weights {assets[0]['name']} --count 64 --out DIR\n"
+        + ("python -m stgan_utils predict --images DIR --out preds.csv\n" if classifiers else "")
+        + "make quick    # the whole sequence with these weights in place of GAN training\n```",
+        "## Data\n\n" + _data(assets),
+        "## How near to real images\n\n" + _distances(stage2),
+        "## Memorisation check\n\n" + _memorisation(stage2),
+        *("## Classifier\n\n" + _classifier(each) for each in classifiers),
+        f"## Limits\n\n{LIMITS}",
+        f"## Licence and credit\n\n{CREDIT}",
+    ]
+    with atomic_path(path) as temporary:
+        temporary.write_text("\n\n".join(parts) + "\n", encoding="utf-8")
+
+
+def _table(columns, rows):
+    lines = [columns, ["---"] * len(columns), *rows]
+    return "\n".join(f"| {' | '.join(map(str, line))} |" for line in lines)
+
+
+def _files(assets):
+    rows = []
+    for asset in assets:
+        lesion, shape = asset["lesion_class"], asset["architecture"]
+        what = f"{lesion}, {LESIONS[lesion].name}" if lesion else "all classes"
+        sizes = f"{shape['size']} px, ngf {shape['ngf']}, nz {shape['nz']}" if "ngf" in shape else "MobileNetV2"
+        megabytes = f"{asset['bytes'] / 1e6:.1f}"
+        rows.append([f"`{asset['name']}`", asset["stage"], what, sizes, megabytes, f"`{asset['sha256'][:16]}…`"])
+    return _table(["name", "stage", "draws or knows", "architecture", "MB", "SHA-256"], rows)
+
+
+def _data(assets):
+    rows = [
+        [f"`{asset['name']}`", known["data"], known["split"], known["iterations"] or "–", f"`{known['command']}`"]
+        for asset in assets
+        for known in [asset["trained_on"]]
+    ]
+    return _table(["name", "trained on", "split", "iterations", "command"], rows)
+
+
+def _distances(stage2):
+    """KID of each class's generator beside that of Stage 1, and in words for which it is not lower."""
+    rows, not_lower = [], []
+    for asset in stage2:
+        code, figures = asset["lesion_class"], asset["figures"]
+        own, first = figures["kid_held_out"][code], figures["kid_held_out_of_stage1"][code]
+        lower, apart = own["kid"] < first["kid"], own["high"] < first["low"]
+        not_lower += [] if lower else [code]
+        verdict = ("yes" if apart else "yes, but the intervals overlap") if lower else "**no**"
+        rows.append([code, own["real"], _interval(own), _interval(first), verdict])
+    space = stage2[0]["figures"]["feature_space"]
+    sentence = f"It is **not** lower for {', '.join(not_lower)}." if not_lower else "It is lower for every class."
+    return (
+        f"KID (lower is nearer) of {own['generated']} generated images to real ones of the class that no GAN has seen "
+        "(validation and test lesions), with 95 % intervals. "
+        f"Features: {space}; figures of other networks do not compare.\n\n"
+        + _table(["class", "real images", "KID, Stage 2", "KID, Stage 1", "Stage 2 lower?"], rows)
+        + f"\n\n{sentence}"
+    )
+
+
+def _memorisation(stage2):
+    rows = []
+    for asset in stage2:
+        found = asset["figures"]["memorisation"]
+        nearer = ["{nearer:.2f} (p = {p_value:.2g})".format(**found[kind]) for kind in ("feature", "hash")]
+        rows.append([asset["lesion_class"], *nearer, f"{found['n']} / {found['n_control']}"])
+    columns = ["class", "nearer, by features", "nearer, by pHash", "generated / fresh images"]
+    return f"{MEMORISED}\n\n{_table(columns, rows)}"
+
+
+def _classifier(asset):
+    figures = asset["figures"]
+    text = f"`{asset['name']}`; split: {asset['trained_on']['split']}. "
+    text += REFITTED if figures["went_on_with_all_images"] else ""
+    if "test" not in figures:
+        return text + "No figures on held-out lesions are known."
+    rows = [[name.replace("_", " "), _interval(f, "value")] for name, f in figures["test"].items() if name != "images"]
+    text += f"On {figures['test']['images']:,} real test images, 95 % intervals over lesions:\n\n"
+    return text + _table(["measure", "value"], rows)
+
+
+def _interval(figures, name="kid"):
+    return "{:.3f} ({:.3f} – {:.3f})".format(*(figures[key] for key in (name, "low", "high")))
