@@ -274,7 +274,9 @@ def convert_weights(
 
 @weights_app.command("release")
 def release_weights(
-    run_dir: Annotated[Path, typer.Argument(metavar="RUN_DIR", help="A finished run on real images.")],
+    run_dir: Annotated[
+        Path | None, typer.Argument(metavar="RUN_DIR", help="A finished run on real images, for its GANs.")
+    ] = None,
     classifier: Annotated[
         Path | None, typer.Option(help="Folder of a trained classifier: model.safetensors, result.json.")
     ] = None,

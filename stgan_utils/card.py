@@ -26,28 +26,40 @@ def write(path, assets):
         assets: entries of the manifest; those with a file in the repository are described.
     """
     assets = [asset for asset in assets if asset["sources"]["repo"]]
-    stage2 = [asset for asset in assets if asset["stage"] == "stage2"]
     classifiers = [asset for asset in assets if asset["stage"] == "classifier"]
+    generators = [asset for asset in assets if asset not in classifiers]
+    stage2 = [asset for asset in generators if asset["stage"] == "stage2"]
+    commands = ["python -m stgan_utils weights verify"]
+    if generators:
+        commands.append(f"python -m stgan_utils generate --weights {generators[0]['name']} --count 64 --out DIR")
+        commands.append("make quick    # the whole sequence with these weights in place of GAN training")
+    if classifiers:
+        commands.append("python -m stgan_utils predict --images DIR --out preds.csv")
     parts = [
         "# Released weights\n\nWritten by `python -m stgan_utils weights release`; every figure stands in "
         "`weights_manifest.json` too.",
-        "![Eight images from each generator](samples.png)\n*Eight images from each generator, none picked; "
-        f"from above: {', '.join(each['lesion_class'] or 'Stage 1' for each in assets if each not in classifiers)}.*",
-        "## What they are\n\nStage 1 is one FastGAN of all seven classes (generator and discriminator), Stage 2 the "
-        "same for one class each, started from it with Freeze-D and Barlow Twins.\n\n" + _files(assets),
-        "## Use\n\n```bash\npython -m stgan_utils weights verify\n"
-        f"python -m stgan_utils generate --weights {assets[0]['name']} --count 64 --out DIR\n"
-        + ("python -m stgan_utils predict --images DIR --out preds.csv\n" if classifiers else "")
-        + "make quick    # the whole sequence with these weights in place of GAN training\n```",
+        *_pictures(generators),
+        "## What they are\n\n" + _files(assets),
+        "## Use\n\n```bash\n" + "\n".join(commands) + "\n```",
         "## Data\n\n" + _data(assets),
-        "## How near to real images\n\n" + _distances(stage2),
-        "## Memorisation check\n\n" + _memorisation(stage2),
+        *(["## How near to real images\n\n" + _distances(stage2)] if stage2 else []),
+        *(["## Memorisation check\n\n" + _memorisation(stage2)] if stage2 else []),
         *("## Classifier\n\n" + _classifier(each) for each in classifiers),
         f"## Limits\n\n{LIMITS}",
         f"## Licence and credit\n\n{CREDIT}",
     ]
     with atomic_path(path) as temporary:
         temporary.write_text("\n\n".join(parts) + "\n", encoding="utf-8")
+
+
+def _pictures(generators):
+    if generators:
+        names = ", ".join(each["lesion_class"] or "Stage 1" for each in generators)
+        yield f"![Eight images from each generator](samples.png)\n*Eight each, none picked; from above: {names}.*"
+        yield (
+            "Stage 1 is one FastGAN of all seven classes (generator and discriminator), Stage 2 the same for one class "
+            "each, started from it with Freeze-D and Barlow Twins."
+        )
 
 
 def _table(columns, rows):

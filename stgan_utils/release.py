@@ -29,65 +29,71 @@ BASELINE, STAGE1 = "01_baseline", "02_stage1_global_gan"
 SCHEMA = Path(__file__).with_name("weights_manifest.schema.json")
 
 
-def release(run_dir, classifier=None):
-    """Put a run's Stage 1 (with its discriminator) and its six Stage-2 generators into weights/, with a model card.
-
-    A generator's KID is measured against real images of the validation and test splits, which it has not seen.
-    `weights/samples.png` gets a row of eight images from each generator, `weights/README.md` is `card.write`.
+def release(run_dir=None, classifier=None):
+    """Put a run's GANs, a classifier or both into weights/, with their entries in the manifest and the model card.
 
     Args:
-        run_dir: a finished run that trained its GANs.
-        classifier: a folder with model.safetensors and result.json as `arms train` and `arms refit` leave them; None
-            leaves the released classifier as it is.
+        run_dir: a finished run that trained its GANs: Stage 1 (with its discriminator) and the six Stage-2 generators
+            are released. A generator's KID is measured against real images of the validation and test splits, which it
+            has not seen; `weights/samples.png` gets a row of eight images from each.
+        classifier: a folder with model.safetensors and result.json as `arms train` and `arms refit` leave them, in the
+            run folder where they left it.
 
     Returns:
         {name: megabytes}, and "together", all that weights/ then holds.
 
     Raises:
-        UserError: a step is not finished or was not trained, no such classifier, more than 60 MB, or half precision
-            changes the pictures.
+        UserError: nothing to release, a step is not finished or was not trained, no such classifier, more than 60 MB,
+            or half precision changes the pictures.
     """
-    run_dir, target = Path(run_dir), weights.ROOT / "weights"
-    steps = {code: f"03_stage2_{code}" for code in MINORITY}
-    results = {step: runs.result(run_dir, step) for step in (runs.START, STAGE1, *steps.values())}
-    if missing := [step for step, found in results.items() if found is None]:
-        raise UserError(f"{run_dir} is not a finished run: {', '.join(missing)} is not done.")
-    if borrowed := [step for step, found in results.items() if "released" in found["numbers"]]:
-        raise UserError(f"{run_dir} trained nothing in {', '.join(borrowed)}: it used released weights.")
+    if not run_dir and not classifier:
+        raise UserError("Nothing to release: name a run folder, --classifier FOLDER, or both.")
     if classifier:
         _classifier_result(Path(classifier))  # known before minutes of measuring
-    distance = _Distance(run_dir)
+    target = weights.ROOT / "weights"
     target.mkdir(exist_ok=True)
     with tempfile.TemporaryDirectory(dir=target) as made:
         made = Path(made)
-        assets, rows = [], []
-        generators = {None: STAGE1} | steps
-        for code, step in generators.items():
-            best = run_dir / step / "best.safetensors"
-            name = f"stage{'2-' + code.lower() if code else 1}-{checkpoints.load_generator(best).size}px"
-            file = made / f"{name}.safetensors"
-            header = _write_half(best, file, run_dir / STAGE1 / "checkpoint.safetensors" if code is None else None)
-            rows.append(_check_pictures(best, file))
-            figures = {"feature_space": distance.extractor.name, "kid_held_out": distance(file)}
-            if code:
-                figures["kid_held_out"] = {code: figures["kid_held_out"][code]}
-                figures["kid_held_out_of_stage1"] = {code: assets[0]["figures"]["kid_held_out"][code]}
-                figures["memorisation"] = results[step]["numbers"]["memorisation"]
-            assets.append(_generator_entry(file, header, code, results, step, figures))
+        assets, rows = _release_generators(Path(run_dir), made) if run_dir else ([], [])
         if classifier:
-            assets.append(_classifier_entry(Path(classifier), made / "classifier-mobilenetv2.safetensors", results))
-
+            assets.append(_classifier_entry(Path(classifier), made / "classifier-mobilenetv2.safetensors"))
         manifest = _manifest_with(assets)
         total = sum(asset["bytes"] for asset in manifest["assets"] if asset["sources"]["repo"])
         if total > LIMIT:
             raise UserError(f"The files have {total / 1e6:.1f} MB together, {LIMIT / 1e6:.0f} MB may be released.")
         for asset in assets:
             os.replace(made / asset["file"], target / asset["file"])
-    with atomic_path(target / "samples.png") as temporary:
-        Image.fromarray(generation.mosaic(np.concatenate(rows))).save(temporary)
+    if rows:
+        with atomic_path(target / "samples.png") as temporary:
+            Image.fromarray(generation.mosaic(np.concatenate(rows))).save(temporary)
     write_json(weights.MANIFEST, manifest)
     card.write(target / "README.md", manifest["assets"])
     return {asset["name"]: asset["bytes"] / 1e6 for asset in assets} | {"together": total / 1e6}
+
+
+def _release_generators(run_dir, folder):
+    """Half-precision files in `folder`; their manifest entries, and eight images of each, (8, S, S, 3) uint8."""
+    steps = {code: f"03_stage2_{code}" for code in MINORITY}
+    results = {step: runs.result(run_dir, step) for step in (runs.START, STAGE1, *steps.values())}
+    if missing := [step for step, found in results.items() if found is None]:
+        raise UserError(f"{run_dir} is not a finished run: {', '.join(missing)} is not done.")
+    if borrowed := [step for step, found in results.items() if "released" in found["numbers"]]:
+        raise UserError(f"{run_dir} trained nothing in {', '.join(borrowed)}: it used released weights.")
+    distance = _Distance(run_dir)
+    assets, rows = [], []
+    for code, step in ({None: STAGE1} | steps).items():
+        best = run_dir / step / "best.safetensors"
+        name = f"stage{'2-' + code.lower() if code else 1}-{checkpoints.load_generator(best).size}px"
+        file = folder / f"{name}.safetensors"
+        header = _write_half(best, file, run_dir / STAGE1 / "checkpoint.safetensors" if code is None else None)
+        rows.append(_check_pictures(best, file))
+        figures = {"feature_space": distance.extractor.name, "kid_held_out": distance(file)}
+        if code:
+            figures["kid_held_out"] = {code: figures["kid_held_out"][code]}
+            figures["kid_held_out_of_stage1"] = {code: assets[0]["figures"]["kid_held_out"][code]}
+            figures["memorisation"] = results[step]["numbers"]["memorisation"]
+        assets.append(_generator_entry(file, header, code, results, step, figures))
+    return assets, rows
 
 
 def half(tensors):
@@ -150,26 +156,31 @@ def _classifier_result(folder):
     return result
 
 
-def _classifier_entry(folder, file, results):
+def _classifier_entry(folder, file):
     """The entry of a trained classifier, which goes to `file`; its figures are of lesions that it did not learn from.
 
     Of one that went on with all images nothing is left to judge: its figures are those that it had before.
     """
-    result, judged = _classifier_result(folder), folder / "test" / "result.json"
-    refitted = "validation" not in result
-    if refitted:
-        judged = folder.parent / "seed0" / "test" / "result.json"
-    figures = {"went_on_with_all_images": refitted, "trained_with": result["training_images"]}
+    result = _classifier_result(folder)
+    start = runs.result(folder.resolve().parents[2], runs.START)
+    if start is None:
+        raise UserError(f"{folder} is not where `arms` leaves its classifiers, in a run folder: its data are unknown.")
+    went_on = "validation" not in result
+    judged = (folder.parent / "seed0" if went_on else folder) / "test" / "result.json"
+    figures = {"went_on_with_all_images": went_on, "trained_with": result["training_images"]}
     if judged.exists():
         test = read_json(judged)
         figures["test"] = {"images": test["images"], **test["metrics"]}
     header = _write_half(folder / "model.safetensors", file)
-    split = "none: every image was trained on" if refitted else _split(results)
-    trained_on = {"data": results[runs.START]["data_name"], "split": split, "iterations": None}
-    trained_on |= {
-        "command": f"python -m stgan_utils arms {'refit' if refitted else 'train'} {result['arm']} --run RUN"
+    trained_on = {
+        "data": start["data_name"],
+        "split": "none: every image was trained on"
+        if went_on
+        else f"train, by lesion, seed {start['settings']['seed']}",
+        "iterations": None,
+        "command": f"python -m stgan_utils arms {'refit' if went_on else 'train'} {result['arm']} --run RUN",
+        "commit": header["git_commit"],
     }
-    trained_on |= {"commit": header["git_commit"]}
     stage = {"stage": "classifier", "class_order": header["class_order"]}
     return _entry(file, header, trained_on, figures) | stage
 
@@ -177,17 +188,13 @@ def _classifier_entry(folder, file, results):
 def _generator_entry(file, header, code, results, step, figures):
     trained_on = {
         "data": results[runs.START]["data_name"] + (f", {code} only" if code else ""),
-        "split": _split(results),
+        "split": f"train, by lesion, seed {results[runs.START]['settings']['seed']}",
         "iterations": header["iteration"],
         "command": _command(results, step),
         "commit": header["git_commit"],
     }
     stage = {"stage": "stage2" if code else "stage1", "lesion_class": code}
     return _entry(file, header, trained_on, figures) | stage
-
-
-def _split(results):
-    return f"train, by lesion, seed {results[runs.START]['settings']['seed']}"
 
 
 def _entry(file, header, trained_on, figures):

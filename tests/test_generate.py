@@ -262,9 +262,9 @@ def finished(phantom_dir, tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def chosen(tmp_path_factory):
-    """A recipe's folder as `arms` leaves it: judged on the train split's network, trained anew on all images."""
-    arm = tmp_path_factory.mktemp("arms") / "release"
+def chosen(finished):
+    """A recipe's folder as `arms` leaves it: judged after the train split, gone on with all images."""
+    arm = finished / "arms" / "release"
     for part, more in (("seed0", {"validation": {"epoch": 1}}), ("refit", {})):
         model = save_classifier(arm / part / "model.safetensors")
         known = {"arm": "release", "model_sha256": files.sha256(model), "training_images": {"real": {"NV": 9}}}
@@ -365,7 +365,9 @@ def test_the_model_card_says_what_the_manifest_says(finished, chosen, repository
         assert (f"`{name}`" in card and asset["sha256"][:16] in card) == bool(asset["sources"]["repo"])
     assert "predict" not in card and "classifier-mobilenetv2" not in weights.manifest()
 
-    release.release(finished, chosen / "seed0")
+    generators = {name: weights.entry(name) for name in ("stage1-64px", "stage2-df-64px")}
+    release.release(classifier=chosen / "seed0")
+    assert {name: weights.entry(name) for name in generators} == generators
     known = weights.entry("classifier-mobilenetv2")
     assert not known["figures"]["went_on_with_all_images"] and "by lesion" in known["trained_on"]["split"]
     assert "| balanced accuracy | 0.600 (0.500 – 0.700) |" in (repository / "weights" / "README.md").read_text()
@@ -383,6 +385,8 @@ def test_a_release_is_refused_whole(finished, chosen, repository, monkeypatch):
     with pytest.raises(UserError, match=r"In half precision, pictures of .* change by . grey levels"):
         release.release(finished)
     assert not any((repository / "weights").iterdir()) and weights.MANIFEST.read_text() == manifest
+    with pytest.raises(UserError, match=r"Nothing to release"):
+        release.release()
     with pytest.raises(UserError, match=r"is not a finished run: 00_start_here, .* is not done"):
         release.release(repository)
     other = repository / "other"
