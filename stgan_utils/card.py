@@ -14,8 +14,8 @@ LIMITS = """- Not a medical device. Generated images show no patient and prove n
 MEMORISED = """The chance that a generated image is nearer to a training image than a fresh real lesion of its class is:
 0.5 is what fresh lesions would give, 1 is copying; p belongs to a one-sided test for nearer. Far-off images pass it
 whatever they are, so read it with the distances above."""
-REFITTED = """The released file went on from there with **all** images, test lesions too: figures on any HAM10000
-training image flatter it, and those below are of the network before, which has learnt from the train split only. """
+REFITTED = """These figures are of the network that learnt from the train split alone; the released file went on from it
+with **all** images, test lesions too, so that figures on any HAM10000 training image flatter it. """
 
 
 def write(path, assets):
