@@ -218,7 +218,7 @@ def arms(table, shares, title="Arms of the experiment, real test lesions, 95 % i
     curve = table[table["arm"].isin(shares)].sort_values("filled")
     values, errors = _bars(_intervals(curve, "balanced_accuracy"))
     right.errorbar(100 * curve["filled"], values, yerr=errors, fmt="o-", ms=4, capsize=2)
-    right.set(xlabel="generated images, % of the gap to balance", ylabel="balanced accuracy")
+    right.set(xlabel="generated images, % of the gap", ylabel="balanced accuracy")
     fig.suptitle(title, fontsize=10)
     return _tidy(fig)
 
