@@ -34,7 +34,8 @@ def translation(images, ratio=0.125):
         rows.clamp(0, height - 1)[:, :, None],
         columns.clamp(0, width - 1)[:, None, :],
     ]
-    return (picked * inside[..., None]).permute(0, 3, 1, 2)
+    # Contiguous, because whatever takes the images goes on in the layout that they come in.
+    return (picked * inside[..., None]).permute(0, 3, 1, 2).contiguous()
 
 
 POLICIES = {"color": color, "translation": translation}

@@ -31,6 +31,38 @@ def conv(inputs, outputs, kernel, stride=1, padding=0):
     return spectral_norm(nn.Conv2d(inputs, outputs, kernel, stride, padding, bias=False))
 
 
+def leaky():
+    # In place: what comes before it, a convolution or BatchNorm, does not need its own result again.
+    return nn.LeakyReLU(0.2, inplace=True)
+
+
+class UpConv2d(nn.Conv2d):
+    """Twice the side by nearest, then a 3×3 convolution with padding 1: (B, C, H, W) → (B, D, 2H, 2W).
+
+    From 8 px on both are done as one transposed convolution of stride 2, whose 4×4 kernel holds the sums of those 3×3
+    weights that meet the same pixel: equal up to rounding, for 4 products a pixel in place of 9.
+    """
+
+    def __init__(self, inputs, outputs):
+        super().__init__(inputs, outputs, 3, padding=1, bias=False)
+        # Column by column: which of the 9 weights go into each of the 16, which are mirrored as the operation wants.
+        single = torch.eye(9).view(9, 1, 3, 3)
+        sums = F.avg_pool2d(single, 2, stride=1, padding=1, divisor_override=1).flip(2, 3).flatten(1)
+        self.register_buffer("sums", sums, persistent=False)
+
+    def forward(self, features):
+        # On smaller maps, summing the many weights costs more than it saves.
+        if features.shape[-1] < 8:
+            return super().forward(F.interpolate(features, scale_factor=2))
+        kernel = (self.weight.transpose(0, 1).flatten(2) @ self.sums).unflatten(2, (4, 4))
+        return F.conv_transpose2d(features, kernel, stride=2, padding=1)
+
+
+def upsample(inputs, outputs):
+    """Two places in a block, as in FastGAN's files: the first has no weights there either."""
+    return [nn.Identity(), spectral_norm(UpConv2d(inputs, outputs))]
+
+
 class NoiseInjection(nn.Module):
     """Adds one plane of unit Gaussian noise, times a learnt weight that starts at 0.
 
@@ -65,24 +97,14 @@ class SkipLayerExcitation(nn.Module):
 
 def up_block(inputs, outputs):
     """Twice the side: nearest, convolution, BatchNorm, gated linear unit."""
-    return nn.Sequential(
-        nn.Upsample(scale_factor=2),
-        conv(inputs, outputs * 2, 3, padding=1),
-        nn.BatchNorm2d(outputs * 2),
-        nn.GLU(dim=1),
-    )
+    return nn.Sequential(*upsample(inputs, outputs * 2), nn.BatchNorm2d(outputs * 2), nn.GLU(dim=1))
 
 
 def compound_up_block(inputs, outputs):
     """As `up_block`, with noise, and a second convolution at the new side."""
-    layers = [nn.Upsample(scale_factor=2)]
-    for channels in (inputs, outputs):
-        layers += [
-            conv(channels, outputs * 2, 3, padding=1),
-            NoiseInjection(),
-            nn.BatchNorm2d(outputs * 2),
-            nn.GLU(dim=1),
-        ]
+    layers = []
+    for convolution in (upsample(inputs, outputs * 2), [conv(outputs, outputs * 2, 3, padding=1)]):
+        layers += [*convolution, NoiseInjection(), nn.BatchNorm2d(outputs * 2), nn.GLU(dim=1)]
     return nn.Sequential(*layers)
 
 
@@ -191,7 +213,7 @@ class DownBlock(nn.Module):
 
     def __init__(self, inputs, outputs):
         super().__init__()
-        self.main = nn.Sequential(conv(inputs, outputs, 4, 2, 1), nn.BatchNorm2d(outputs), nn.LeakyReLU(0.2))
+        self.main = nn.Sequential(conv(inputs, outputs, 4, 2, 1), nn.BatchNorm2d(outputs), leaky())
 
     def forward(self, features):
         return self.main(features)
@@ -206,11 +228,9 @@ class ResidualDownBlock(nn.Module):
             *DownBlock(inputs, outputs).main,
             conv(outputs, outputs, 3, 1, 1),
             nn.BatchNorm2d(outputs),
-            nn.LeakyReLU(0.2),
+            leaky(),
         )
-        self.direct = nn.Sequential(
-            nn.AvgPool2d(2), conv(inputs, outputs, 1), nn.BatchNorm2d(outputs), nn.LeakyReLU(0.2)
-        )
+        self.direct = nn.Sequential(nn.AvgPool2d(2), conv(inputs, outputs, 1), nn.BatchNorm2d(outputs), leaky())
 
     def forward(self, features):
         return (self.main(features) + self.direct(features)) / 2
@@ -263,17 +283,20 @@ class Discriminator(nn.Module):
         self.downs = [k for k in (4, 8, 16, 32, 64) if k >= 2048 // min(size, 256) // 2]
         stem = width[2 * min(size, 256)]
         first = conv(3, stem, 4, 2, 1) if size > 256 else conv(3, stem, 3, 1, 1)
-        self.down_from_big = nn.Sequential(first, nn.LeakyReLU(0.2))
+        self.down_from_big = nn.Sequential(first, leaky())
         for k in self.downs:
             setattr(self, f"down_{k}", ResidualDownBlock(width[2048 // k], width[1024 // k]))
         self.rf_big = nn.Sequential(
-            conv(width[16], width[8], 1), nn.BatchNorm2d(width[8]), nn.LeakyReLU(0.2), conv(width[8], 1, 4)
+            conv(width[16], width[8], 1),
+            nn.BatchNorm2d(width[8]),
+            leaky(),
+            conv(width[8], 1, 4),
         )
         self.skips = {target: source for target, source in ((16, 2), (32, 4), (64, 8)) if source * 2 >= self.downs[0]}
         for target, source in self.skips.items():
             setattr(self, f"se_{source}_{target}", SkipLayerExcitation(width[1024 // source], width[1024 // target]))
         small = small_size(size)
-        layers = [conv(3, width[2 * small], 4, 2, 1), nn.LeakyReLU(0.2)]
+        layers = [conv(3, width[2 * small], 4, 2, 1), leaky()]
         while small > 16:
             layers.append(DownBlock(width[2 * small], width[small]))
             small //= 2

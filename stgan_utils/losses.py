@@ -62,14 +62,33 @@ def barlow_twins(z_a, z_b):
     return on_diag, off_diag
 
 
-class MobileNetDistance(nn.Module):
-    """Distance in MobileNetV2's features at four depths: unit length a pixel, mean squared difference.
+class FeatureDistance(nn.Module):
+    """The form of LPIPS (R. Zhang et al., CVPR 2018, arXiv:1801.03924): squared differences of a network's features.
 
-    The form of LPIPS (R. Zhang et al., CVPR 2018, arXiv:1801.03924) without its learnt weights, on a network that
-    costs about a fiftieth of VGG-16.
+    Features have unit length at every pixel; at each depth a weighted sum over channels, and the mean over pixels and
+    images. A subclass gives `_layers(images)`, the features, and `weights`, for each depth those of its channels.
     """
 
+    def forward(self, images, targets):
+        with torch.no_grad():
+            wanted = self._unit(targets)
+        total = 0
+        for got, want, weight in zip(self._unit(images), wanted, self.weights, strict=True):
+            difference = got.unflatten(0, (-1, len(want))) - want
+            total = total + (difference.square().mean((0, 1, 3, 4)) * weight).sum()
+        return total
+
+    def _unit(self, images):
+        # Without gradients of weights, this layout is the fastest everywhere.
+        layers = self._layers(images.contiguous(memory_format=torch.channels_last))
+        return [F.normalize(layer.float(), dim=1) for layer in layers]
+
+
+class MobileNetDistance(FeatureDistance):
+    """MobileNetV2's features at four depths, every channel alike; costs about a fiftieth of VGG-16."""
+
     LAYERS = (1, 3, 6, 13)
+    weights = [1 / len(LAYERS)] * len(LAYERS)
 
     def __init__(self):
         super().__init__()
@@ -78,24 +97,16 @@ class MobileNetDistance(nn.Module):
         for name in ("mean", "std"):
             self.register_buffer(name, torch.tensor(backbone.preprocessing[name])[:, None, None])
 
-    def forward(self, images, targets):
-        with torch.no_grad():
-            wanted = self._features(targets)
-        pairs = zip(self._features(images), wanted, strict=True)
-        return sum((got - want).square().sum(1).mean() for got, want in pairs) / len(self.LAYERS)
-
-    def _features(self, images):
+    def _layers(self, images):
         x = ((images + 1) / 2 - self.mean) / self.std
-        found = []
         for index, layer in enumerate(self.features):
             x = layer(x)
             if index in self.LAYERS:
-                found.append(F.normalize(x, dim=1))
-        return found
+                yield x
 
 
-class Lpips(nn.Module):
-    """LPIPS (R. Zhang et al., CVPR 2018) through the `lpips` package, averaged over the batch."""
+class Lpips(FeatureDistance):
+    """LPIPS itself, network and channel weights from the `lpips` package."""
 
     def __init__(self, net):
         super().__init__()
@@ -111,19 +122,25 @@ class Lpips(nn.Module):
             ) from error
         self.requires_grad_(False)
 
-    def forward(self, images, targets):
-        return self.distance(images, targets.detach()).mean()
+    @property
+    def weights(self):
+        return [lin.model[-1].weight.flatten() for lin in self.distance.lins]
+
+    def _layers(self, images):
+        return self.distance.net(self.distance.scaling_layer(images))
 
 
 class L1(nn.Module):
     """Mean absolute difference of the pixels."""
 
     def forward(self, images, targets):
-        return F.l1_loss(images, targets.detach())
+        return (images.unflatten(0, (-1, len(targets))) - targets.detach()).abs().mean()
 
 
 def perceptual_distance(name):
-    """A module (images, targets) → scalar; both (B, 3, S, S) in [-1, 1]. Targets carry no gradient.
+    """A module (images (k B, 3, S, S), targets (B, 3, S, S)) → scalar, their mean distance; pictures in [-1, 1].
+
+    The images are k pictures of each target, one batch after the other. Targets carry no gradient.
 
     Args:
         name: "vgg" or "squeeze" (LPIPS), "mobilenet", or "l1", which alone needs no weights.

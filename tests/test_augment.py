@@ -57,6 +57,7 @@ def test_translation_is_the_plain_loop(height, width):
                 if 0 <= y < height and 0 <= x < width:
                     expected[i, :, row, column] = image[:, y, x]
     np.testing.assert_array_equal(got, expected)
+    assert translation(images).is_contiguous()  # in any other layout the networks would follow it
 
 
 def test_translation_reaches_an_eighth_both_ways():

@@ -11,6 +11,7 @@ from stgan_utils.fastgan import (
     Generator,
     NoiseInjection,
     SkipLayerExcitation,
+    UpConv2d,
     quadrant_of,
     small_size,
     small_view,
@@ -62,6 +63,24 @@ def test_skip_layer_excitation_is_its_formula():
     hidden = hidden / (1 + np.exp(-hidden))
     gate = 1 / (1 + np.exp(-hidden @ one[:, :, 0, 0].T))
     np.testing.assert_allclose(out, large.numpy() * gate[:, :, None, None], atol=1e-5)
+
+
+@pytest.mark.parametrize("side", [4, 8, 16])
+def test_up_convolution_is_nearest_then_the_convolution(side):
+    torch.manual_seed(0)
+    layer = UpConv2d(5, 6).double()
+    features = torch.randn(2, 5, side, side, dtype=torch.float64, requires_grad=True)
+    found = layer(features)
+    twice = features.repeat_interleave(2, 2).repeat_interleave(2, 3)
+    expected = nn.functional.conv2d(twice, layer.weight, padding=1)
+    torch.testing.assert_close(found, expected)
+    towards = torch.randn_like(expected)
+    for got, want in zip(
+        torch.autograd.grad(found, (features, layer.weight), towards),
+        torch.autograd.grad(expected, (features, layer.weight), towards),
+        strict=True,
+    ):
+        torch.testing.assert_close(got, want)
 
 
 def test_small_view_is_the_mean_of_each_block():

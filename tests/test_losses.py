@@ -105,6 +105,8 @@ def check_distance(distance):
     assert distance(targets, targets).item() == pytest.approx(0, abs=1e-7)
     nearer = targets.detach() + 0.05 * torch.randn_like(targets)
     assert distance(nearer, targets) < value
+    both = distance(torch.cat([images, nearer]), targets).item()  # two pictures of each target
+    assert both == pytest.approx((value.item() + distance(nearer, targets).item()) / 2, rel=1e-4)
 
 
 def test_l1():
@@ -143,7 +145,11 @@ def test_squeeze_reads_the_file_that_the_error_asks_for(offline):
     assert str(folder) in str(error.value)
     folder.mkdir(parents=True, exist_ok=True)
     torch.save(squeezenet1_1(weights=None).state_dict(), folder / "squeezenet1_1-b8a52dc0.pth")
-    check_distance(perceptual_distance("squeeze"))
+    distance = perceptual_distance("squeeze")
+    check_distance(distance)
+    images, targets = torch.rand(2, 2, 3, 64, 64) * 2 - 1
+    expected = distance.distance(images, targets).mean()  # as the package itself computes it
+    assert distance(images, targets).item() == pytest.approx(expected.item(), rel=1e-4)
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning:torchvision")

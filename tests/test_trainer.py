@@ -217,6 +217,19 @@ def test_every_image_comes_once_an_epoch_and_half_are_mirrored(tmp_path):
     assert 80 < mirrored < 160
 
 
+def test_no_layer_changes_the_layout_of_a_step(tmp_path, whole):
+    gan = stage2(tmp_path, whole)
+    if gan.device.type == "cuda":
+        pytest.skip("GPUs train channels last")
+    seen = []
+    for network in (gan.generator, gan.discriminator):
+        for layer in network.modules():
+            if isinstance(layer, torch.nn.BatchNorm2d):
+                layer.register_forward_hook(lambda _, inputs, output: seen.extend((inputs[0], output)))
+    gan.step()
+    assert len(seen) > 100 and all(features.is_contiguous() for features in seen)
+
+
 def test_average_is_the_plain_loop(tmp_path):
     gan = GanTrainer(replace(STAGE1, ema_decay=0.2), IMAGES, tmp_path)
     expected = {name: tensor.double().clone() for name, tensor in gan.generator.state_dict().items()}
