@@ -205,7 +205,7 @@ def test_killed_and_resumed_ends_bit_identical(tmp_path):
     pd.testing.assert_frame_equal(finetune.train(SETTINGS, *sets, tmp_path / "killed"), resumed)
     with pytest.raises(UserError, match="learning_rate differ"):
         finetune.train(replace(SETTINGS, learning_rate=0.1), *sets, tmp_path / "killed")
-    with pytest.raises(UserError, match="train differ"):
+    with pytest.raises(UserError, match="train, prior differ"):
         finetune.train(SETTINGS, images, labels, np.arange(48), sets[3], tmp_path / "killed")
 
 
