@@ -5,8 +5,11 @@ here decides which steps are left to do and which may run side by side. Nothing 
 everything done ends at once.
 """
 
+import contextlib
 import os
 import shutil
+import sys
+import tempfile
 import threading
 import time
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
@@ -77,7 +80,7 @@ def run(data, profile, out, only=None, start=None, jobs=1, force=False, params=N
         params: {setting: value} for every step that knows the setting; "stage1.iterations" means one kind of step.
 
     Raises:
-        UserError: anything asked for is wrong; known before any work starts.
+        UserError: anything asked for is wrong, or another run works in that folder; known before any work starts.
         StepFailed, runs.Unfinished: a notebook failed, or ran out of time. Steps then running are finished, no other is
             started, and the same call goes on from there.
     """
@@ -96,9 +99,6 @@ def run(data, profile, out, only=None, start=None, jobs=1, force=False, params=N
             weights.choose_released(settings[step.name])
     if jobs < 1:
         raise UserError(f"jobs is {jobs}, it must be at least 1.")
-    if force:
-        for step in chosen:
-            shutil.rmtree(out / step.name, ignore_errors=True)
 
     def parameters(step):
         overrides = {name: getattr(settings[step.name], name) for name in given[step.kind]}
@@ -109,7 +109,11 @@ def run(data, profile, out, only=None, start=None, jobs=1, force=False, params=N
         stale = step.kind == "report" and _written(out, step.name) < max(_written(out, name) for name in step.needs)
         return not stale and runs.is_done(out, step.name, settings[step.name], data)
 
-    _run_all(chosen, parameters, done, jobs)
+    with _alone_in(out):
+        if force:
+            for step in chosen:
+                shutil.rmtree(out / step.name, ignore_errors=True)
+        _run_all(chosen, parameters, done, jobs)
     if (out / "report.html").exists():
         print(f"report: {out / 'report.html'}", flush=True)
 
@@ -117,7 +121,8 @@ def run(data, profile, out, only=None, start=None, jobs=1, force=False, params=N
 def run_step(step, parameters):
     """Runs one notebook with papermill; afterwards `result.json` stands in the step's folder.
 
-    The executed notebook lies in `RUN_DIR/notebooks/`, after a failure too.
+    The executed notebook lies in `RUN_DIR/notebooks/`, after a failure too; what a kernel that died wrote to standard
+    error lies beside it.
 
     Args:
         step: a Step.
@@ -135,7 +140,7 @@ def run_step(step, parameters):
 
     began, failure = time.monotonic(), None
     executed = Path(parameters["run_dir"]) / "notebooks" / step.notebook.name
-    with files.atomic_path(executed) as temporary:
+    with files.atomic_path(executed) as temporary, _stderr_kept() as said:
         try:
             papermill.execute_notebook(
                 str(step.notebook),
@@ -146,11 +151,14 @@ def run_step(step, parameters):
                 cwd=str(step.notebook.parent),
                 extra_arguments=["--IPKernelApp.log_level=CRITICAL"],
             )
-        except (papermill.PapermillExecutionError, DeadKernelError) as error:
+        except papermill.PapermillExecutionError as error:
             failure = error
+        except DeadKernelError as error:
+            failure, last_words = error, said()
     if isinstance(failure, DeadKernelError):
         cells = [cell for cell in files.read_json(executed)["cells"] if cell["cell_type"] == "code"]
         number = sum(cell["metadata"]["papermill"]["start_time"] is not None for cell in cells)
+        executed.with_suffix(".stderr.txt").write_bytes(last_words)
         raise StepFailed(f"{step.name} died in cell In [{number}], most often for want of memory; see {executed}.")
     if failure is not None:
         own = {"UserError": UserError, "Unfinished": runs.Unfinished}.get(failure.ename)
@@ -163,6 +171,38 @@ def run_step(step, parameters):
     if runs.result(parameters["run_dir"], step.name) is None:
         raise StepFailed(f"{step.name} ended without a result.json: its last cell must call step.finish.")
     return time.monotonic() - began
+
+
+@contextlib.contextmanager
+def _stderr_kept():
+    """Keeps what this process and a kernel that it starts write to standard error, libraries in C too, from the user.
+
+    A user reads one sentence of ours there, not what libzmq has to say of a kernel that ends. Yields a function that
+    returns what was written.
+    """
+    sys.stderr.flush()
+    shown = os.dup(2)
+    with tempfile.TemporaryFile() as log:
+        os.dup2(log.fileno(), 2)
+        try:
+            yield lambda: os.pread(log.fileno(), 1 << 20, 0)
+        finally:
+            sys.stderr.flush()
+            os.dup2(shown, 2)
+            os.close(shown)
+
+
+@contextlib.contextmanager
+def _alone_in(out):
+    """Two runs in one folder would write the same files: the second is refused."""
+    import filelock
+
+    out.mkdir(parents=True, exist_ok=True)
+    try:
+        with filelock.FileLock(out / ".lock", timeout=0):
+            yield
+    except filelock.Timeout:
+        raise UserError(f"Another run works in {out}: wait until it ends, or choose another folder (--out).") from None
 
 
 def given_per_kind(params):

@@ -8,6 +8,7 @@ import sys
 import time
 from pathlib import Path
 
+import filelock
 import nbformat
 import pytest
 
@@ -137,7 +138,35 @@ def test_how_a_notebook_ends_is_told(body, error, message, sequence, tmp_path, m
     with pytest.raises(error, match=message):
         run_alone(sequence[0], tmp_path / "run", monkeypatch)
     assert not (tmp_path / "run" / runs.START / "result.json").exists()
-    assert [path.name for path in (tmp_path / "run" / "notebooks").iterdir()] == ["00_start_here.ipynb"]
+    beside = ["00_start_here.stderr.txt"] if "died" in message else []
+    names = sorted(path.name for path in (tmp_path / "run" / "notebooks").iterdir())
+    assert names == ["00_start_here.ipynb", *beside]
+
+
+def test_what_libraries_in_c_say_is_kept_from_the_user_and_beside_a_notebook_that_died(
+    sequence, tmp_path, monkeypatch, capfd
+):
+    # The kernel's own standard error, as libzmq writes to it when a kernel ends.
+    assertion = "import os; os.write(sys.__stderr__.fileno(), b'Assertion failed\\n')"
+    write_notebook(sequence[0], assertion)
+    run_alone(sequence[0], tmp_path / "run", monkeypatch)
+    write_notebook(sequence[0], f"{assertion}; os.kill(os.getpid(), 9)")
+    with pytest.raises(StepFailed):
+        run_alone(sequence[0], tmp_path / "other", monkeypatch)
+    assert capfd.readouterr().err == ""
+    assert "Assertion failed" in (tmp_path / "other" / "notebooks" / "00_start_here.stderr.txt").read_text()
+    os.write(2, b"ours again")
+    assert capfd.readouterr().err == "ours again"
+
+
+def test_a_second_run_in_the_same_folder_is_refused_while_the_first_works(sequence, tmp_path):
+    out = tmp_path / "run"
+    out.mkdir()
+    with filelock.FileLock(out / ".lock"), pytest.raises(UserError, match="Another run works in"):
+        pipeline.run("phantom", "smoke", out, only="00", force=True)
+    assert not runs.result(out, runs.START)
+    pipeline.run("phantom", "smoke", out, only="00")
+    assert runs.result(out, runs.START)
 
 
 @pytest.mark.parametrize(
