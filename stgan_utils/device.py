@@ -47,17 +47,27 @@ def pick():
     return torch.device("cpu")
 
 
-def precision(device):
-    """bf16 from compute capability 8.0, fp16 (with loss scaling) from 7.0, else float32."""
+def _computes_bf16():
+    """Whether this CPU computes in bfloat16 (AVX-512 BF16 or AMX) instead of imitating it."""
+    asked = (getattr(torch.cpu, f"_is_{feature}_supported", None) for feature in ("avx512_bf16", "amx_tile"))
+    return any(ask() for ask in asked if ask)
+
+
+def precision(device, width=0):
+    """bf16 from compute capability 8.0, fp16 (with loss scaling) from 7.0, else float32.
+
+    On a CPU that computes in bf16, networks of `width` (FastGAN's `ngf`) 32 and above take it: their step is 1.3 to 1.7
+    times as fast, that of narrower ones slower (`benchmarks/`).
+    """
     if device.type != "cuda":
-        return torch.float32
+        return torch.bfloat16 if width >= 32 and _computes_bf16() else torch.float32
     major = torch.cuda.get_device_capability(device)[0]
     return torch.bfloat16 if major >= 8 else torch.float16 if major >= 7 else torch.float32
 
 
-def autocast(device):
-    """Context in which operations take the device's precision; does nothing in float32."""
-    dtype = precision(device)
+def autocast(device, width=0):
+    """Context in which operations take the precision of device and width; does nothing in float32."""
+    dtype = precision(device, width)
     return nullcontext() if dtype is torch.float32 else torch.autocast(device.type, dtype=dtype)
 
 

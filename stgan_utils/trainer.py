@@ -131,7 +131,7 @@ class GanTrainer:
         """One iteration: batch, discriminator, generator, average. Returns the losses as tensors on the device."""
         real = self._batch()
         z = torch.randn(len(real), self.generator.nz, device=self.device)
-        with devices.autocast(self.device):
+        with devices.autocast(self.device, self.generator.ngf):
             fake = [diff_augment(view, self.settings.augment) for view in self.generator(z, with_small=True)]
         losses = self._discriminator_step(real, fake)
         losses |= self._generator_step(fake)
@@ -142,7 +142,7 @@ class GanTrainer:
     def _discriminator_step(self, real, fake):
         s = self.settings
         view = diff_augment(real, s.augment)
-        with devices.autocast(self.device):
+        with devices.autocast(self.device, self.generator.ngf):
             judged = self._judge(view, small_view(view))
             d_real, d_fake = hinge_d_loss(judged.logits, self._judge(*(f.detach() for f in fake)).logits)
             rebuild = self._reconstruction(view, judged)
@@ -163,7 +163,7 @@ class GanTrainer:
         trained = [p for p in self.discriminator.parameters() if p.requires_grad]
         for parameter in trained:
             parameter.requires_grad_(False)
-        with devices.autocast(self.device):
+        with devices.autocast(self.device, self.generator.ngf):
             loss = hinge_g_loss(self._judge(*fake).logits)
         self._descend(self.optimizer_g, loss)
         for parameter in trained:

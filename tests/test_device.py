@@ -72,3 +72,14 @@ def test_cpu_is_float32_without_autocast(monkeypatch):
     assert isinstance(device.autocast(cpu), contextlib.nullcontext)
     assert device.describe().startswith("cpu (") and device.describe().endswith("float32")
     device.pick.cache_clear()
+
+
+def test_only_wide_networks_take_bf16_and_only_on_cpus_that_compute_in_it(monkeypatch):
+    cpu = torch.device("cpu")
+    monkeypatch.setattr(device, "_computes_bf16", lambda: True)
+    assert device.precision(cpu, width=64) is torch.bfloat16
+    assert device.precision(cpu, width=16) is torch.float32 and device.precision(cpu) is torch.float32
+    with device.autocast(cpu, width=64):
+        assert torch.nn.Linear(2, 2)(torch.ones(1, 2)).dtype is torch.bfloat16
+    monkeypatch.setattr(device, "_computes_bf16", lambda: False)
+    assert device.precision(cpu, width=64) is torch.float32
