@@ -10,7 +10,7 @@ from typing import Annotated
 
 import typer
 
-from stgan_utils import pipeline, runs
+from stgan_utils import engine, pipeline, runs
 from stgan_utils.config import PROFILES, UserError
 
 app = typer.Typer(
@@ -40,6 +40,11 @@ Params = Annotated[
     list[str] | None,
     typer.Option("-p", metavar="KEY VALUE", help="A setting for every step that knows it, or stage1.KEY for one."),
 ]
+Jobs = Annotated[int, typer.Option(help="How many may run side by side on one machine.")]
+Engine = Annotated[str, typer.Option("--engine", help="local, or ray: spread over the machines of a Ray cluster.")]
+Address = Annotated[
+    str | None, typer.Option(help="HOST:PORT of the Ray cluster; without one, this machine is all of it.")
+]
 KaggleRun = Annotated[Path, typer.Option("--run", help="A run folder; it remembers what was sent.")]
 KaggleStep = Annotated[str, typer.Argument(metavar="[STEP|all]", help="Such as 02.")]
 
@@ -53,14 +58,16 @@ def run(
     ),
     only: Annotated[str | None, typer.Option(metavar="STEP", help="Only this step, such as 02.")] = None,
     start: Annotated[str | None, typer.Option("--from", metavar="STEP", help="This step and all after it.")] = None,
-    jobs: Annotated[int, typer.Option(help="How many notebooks may run side by side.")] = 1,
+    jobs: Jobs = 1,
     force: Annotated[
         bool, typer.Option("--force", help="Make the chosen steps anew; their folders are deleted.")
     ] = False,
     param: Params = None,
+    on: Engine = "local",
+    address: Address = None,
 ):
     """Run the notebooks in order, skipping those that are done, and write OUT/report.html."""
-    pipeline.run(data, profile, out, only, start, jobs, force, _pairs(param))
+    pipeline.run(data, profile, out, only, start, jobs, force, _pairs(param), on, address)
 
 
 @data_app.command()
@@ -114,13 +121,15 @@ def train_arms(
     names: Annotated[list[str], typer.Argument(help="Arms, as `stgan_utils/arms.py` lists them.")],
     run_dir: RunDir,
     seeds: Annotated[int, typer.Option(help="How many, from 0 on.")] = 3,
+    jobs: Jobs = 1,
+    on: Engine = "local",
+    address: Address = None,
 ):
     """Train arms of the experiment; finished ones are left alone, a killed one goes on."""
     from stgan_utils import arms
 
-    for name in names:
-        for seed in range(seeds):
-            print(arms.train(name, run_dir, seed))
+    tasks = arms.tasks(names, run_dir, seeds)
+    engine.run_all(tasks, engine.choose(on, tasks, run_dir.resolve(), jobs, address))
 
 
 @arms_app.command("table")

@@ -15,6 +15,7 @@ import pandas as pd
 from stgan_utils import data, device, finetune, runs
 from stgan_utils.classifier import Classifier
 from stgan_utils.config import ClassifierSettings, UserError
+from stgan_utils.engine import Task
 from stgan_utils.files import atomic_path, read_json, sha256, write_json
 from stgan_utils.lesions import CLASSES
 
@@ -69,6 +70,20 @@ REAL_ONLY = [name for name in COMPARED if not ARMS[name].synthetic]
 SHARES = ["logit-adjustment", "gan-raw-25", "gan-raw-50", "gan-raw"]
 
 
+def tasks(names, run_dir, seeds):
+    """What trains several arms with seeds 0 … `seeds` - 1, as `engine.Task`s: one for each, named by its folder.
+
+    Raises:
+        UserError: no such arm.
+    """
+
+    def task(name, seed):
+        before = (_folder(_arm(name).after, seed),) if _arm(name).after else ()
+        return Task(_folder(name, seed), train, (name, Path(run_dir).resolve(), seed), before, peers=len(ARMS))
+
+    return [task(name, seed) for name in dict.fromkeys(names) for seed in range(seeds)]
+
+
 def train(name, run_dir, seed):
     """Train one arm with one seed; a finished one is left alone, a killed one goes on.
 
@@ -87,7 +102,7 @@ def train(name, run_dir, seed):
     real = real_table(run_dir)
     before = train(arm.after, run_dir, seed) if arm.after else None
     settings = _settings(arm, seed, before, epoch_images=int((real["split"] == "train").sum()))
-    folder = run_dir / "arms" / name / f"seed{seed}"
+    folder = run_dir / _folder(name, seed)
     if (folder / "result.json").exists():
         if read_json(folder / "result.json")["settings"] == asdict(settings):
             return folder
@@ -173,6 +188,10 @@ def choose_generated(run_dir, real, arm, settings):
     place = made.groupby("label").cumcount()
     made = made[place < made["label"].map(wanted)]
     return made[["path", "label"]].assign(synthetic=True, split="train")
+
+
+def _folder(name, seed):
+    return f"arms/{name}/seed{seed}"
 
 
 def _arm(name):

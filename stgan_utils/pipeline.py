@@ -10,23 +10,18 @@ import os
 import shutil
 import sys
 import tempfile
-import threading
 import time
-from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from dataclasses import dataclass, fields
-from multiprocessing import active_children, connection, get_context, parent_process
+from functools import partial
 from pathlib import Path
 
-from stgan_utils import files, runs
+from stgan_utils import engine, files, runs
 from stgan_utils.config import SETTINGS, UserError, resolve
+from stgan_utils.engine import ROOT, StepFailed
 from stgan_utils.lesions import MINORITY
 
-ROOT = Path(__file__).resolve().parents[1]
 NOTEBOOKS = ROOT / "notebooks"
-
-
-class StepFailed(Exception):
-    """A notebook failed and it is not the user's doing; the message names the notebook and the cell."""
+TRAIN = ("baseline", "stage1", "stage2", "classifier")  # the kinds of step that want a GPU
 
 
 @dataclass(frozen=True)
@@ -66,7 +61,7 @@ def _steps():
 STEPS = _steps()
 
 
-def run(data, profile, out, only=None, start=None, jobs=1, force=False, params=None):
+def run(data, profile, out, only=None, start=None, jobs=1, force=False, params=None, on="local", address=None):
     """Runs what is left to do of the sequence and prints a line for each step.
 
     Args:
@@ -75,9 +70,10 @@ def run(data, profile, out, only=None, start=None, jobs=1, force=False, params=N
         out: the run folder.
         only: run the steps whose name begins with this, and no others.
         start: begin at the first step whose name begins with this.
-        jobs: how many notebooks may run side by side; each gets its share of the cores.
+        jobs: how many notebooks may run side by side on one machine; each gets its share of the cores.
         force: delete what the chosen steps left there before, and run them again.
         params: {setting: value} for every step that knows the setting; "stage1.iterations" means one kind of step.
+        on, address: where they run, see `engine.choose`.
 
     Raises:
         UserError: anything asked for is wrong, or another run works in that folder; known before any work starts.
@@ -97,8 +93,6 @@ def run(data, profile, out, only=None, start=None, jobs=1, force=False, params=N
             from stgan_utils import weights  # pandas: only who asks for weights by name pays for it
 
             weights.choose_released(settings[step.name])
-    if jobs < 1:
-        raise UserError(f"jobs is {jobs}, it must be at least 1.")
 
     def parameters(step):
         overrides = {name: getattr(settings[step.name], name) for name in given[step.kind]}
@@ -109,11 +103,18 @@ def run(data, profile, out, only=None, start=None, jobs=1, force=False, params=N
         stale = step.kind == "report" and _written(out, step.name) < max(_written(out, name) for name in step.needs)
         return not stale and runs.is_done(out, step.name, settings[step.name], data)
 
+    def task(step):
+        peers = sum(other.kind == step.kind for other in STEPS)
+        call, trains = (step, parameters(step)), step.kind in TRAIN
+        return engine.Task(step.name, run_step, call, step.needs, peers, trains, partial(done, step))
+
+    tasks = [task(step) for step in chosen]
+    place = engine.choose(on, tasks, out, jobs, address)
     with _alone_in(out):
         if force:
             for step in chosen:
                 shutil.rmtree(out / step.name, ignore_errors=True)
-        _run_all(chosen, parameters, done, jobs)
+        engine.run_all(tasks, place)
     if (out / "report.html").exists():
         print(f"report: {out / 'report.html'}", flush=True)
 
@@ -235,85 +236,6 @@ def _choose(only, start):
     return [step for step in STEPS[first:] if only is None or step.name.startswith(only)]
 
 
-def _run_all(steps, parameters, done, jobs):
-    """Runs `steps` in order, up to `jobs` side by side, each once the steps it needs are through."""
-    waiting, running, failures = list(steps), {}, []
-    pool = ProcessPoolExecutor(jobs, get_context("spawn"), initializer=_begin_worker)
-    try:
-        while running or (waiting and not failures):
-            pending = {step.name for step in (*waiting, *running.values())}
-            ready = [] if failures else [step for step in waiting if not pending & set(step.needs)]
-            for step in ready[: jobs - len(running)]:
-                waiting.remove(step)
-                if done(step):
-                    _say(step, "done before, skipped")
-                else:
-                    _say(step, "started")
-                    running[pool.submit(_run_with_threads, _threads(step, jobs), step, parameters(step))] = step
-            for future in wait(running, return_when=FIRST_COMPLETED).done if running else ():
-                step = running.pop(future)
-                try:
-                    _say(step, f"done in {future.result():.0f} s")
-                except (UserError, StepFailed, runs.Unfinished) as error:
-                    _say(step, "stopped" if isinstance(error, runs.Unfinished) else "failed")
-                    failures.append(error)
-    except BaseException:
-        for worker in active_children():  # Ctrl-C: do not wait for a training to end
-            _end(worker.pid)
-        raise
-    finally:
-        pool.shutdown()
-    for error in failures[1:]:
-        print(error, flush=True)
-    if failures:
-        raise failures[0]
-
-
 def _written(out, name):
     path = out / name / "result.json"
     return path.stat().st_mtime_ns if path.exists() else 0
-
-
-def _say(step, what):
-    print(f"{time.strftime('%H:%M:%S')}  {step.name}: {what}", flush=True)
-
-
-def _cores():
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-
-
-def _threads(step, jobs):
-    """Threads for a step's notebook, by its kind alone, never by what happens to run beside it.
-
-    The number decides the order of floating-point sums. The six of Stage 2 share the cores; the others come one by one.
-    """
-    peers = sum(other.kind == step.kind for other in STEPS)
-    return os.environ.get("OMP_NUM_THREADS") or str(max(1, _cores() // min(jobs, peers)))
-
-
-def _run_with_threads(threads, step, parameters):
-    os.environ["OMP_NUM_THREADS"] = threads
-    return run_step(step, parameters)
-
-
-def _begin_worker():
-    """In each process that runs notebooks: this package, and an end when its parent ends."""
-    # The kernel is this Python, whatever kernels the user has registered, and imports this very package.
-    os.environ["JUPYTER_PREFER_ENV_PATH"] = "1"
-    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-
-
-def _end_with_parent():
-    # A pipeline that was killed must not leave a training behind that writes where the next one writes.
-    connection.wait([parent_process().sentinel])
-    _end(os.getpid())
-
-
-def _end(pid):
-    """Kills a process and what it started, itself last."""
-    import psutil  # comes with ipykernel
-
-    process = psutil.Process(pid)
-    for one in (*process.children(recursive=True), process):
-        one.kill()
