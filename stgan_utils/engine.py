@@ -45,9 +45,9 @@ def choose(name, tasks, run_dir, jobs, address=None):
     if jobs < 1:
         raise UserError(f"jobs is {jobs}, it must be at least 1.")
     if name == "ray":
-        from stgan_utils import ray_engine
+        from stgan_utils.ray_engine import Cluster
 
-        return ray_engine.Cluster(tasks, run_dir, jobs, address)
+        return Cluster(tasks, run_dir, jobs, address)
     if name != "local":
         raise UserError(f"engine is {name!r}, it must be 'local' or 'ray'.")
     if address:

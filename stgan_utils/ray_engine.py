@@ -104,7 +104,9 @@ class Cluster:
 
 
 def _connect(address):
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # a cluster of our own reports to nobody
+    # A cluster of our own reports to nobody and works at this process's priority.
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("RAY_worker_niceness", "0")
     named = os.environ.pop("RAY_ADDRESS", None)  # Ray would take it in place of what is asked for
     address = address or named or "local"
     # What tasks see of this process's variables: where weights and decoded images lie.

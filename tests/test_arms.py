@@ -165,6 +165,17 @@ def test_refit_takes_every_real_image_and_the_temperature_of_the_split_run(run_d
     assert len(pictures) >= 5 and all((page.parent / picture).stat().st_size for picture in pictures)
 
 
+def test_tasks_for_an_engine_name_their_folders_and_wait_for_a_first_phase(run_dir):
+    tasks = {task.name: task for task in arms.tasks(["release", "real", "release-128px", "real"], run_dir, 2)}
+    assert list(tasks) == [f"arms/{n}/seed{i}" for n in ("release", "real", "release-128px") for i in range(2)]
+    assert tasks["arms/release/seed1"].needs == ("arms/release-128px/seed1",)
+    assert tasks["arms/real/seed1"].needs == ()
+    one = tasks["arms/real/seed1"]
+    assert one.work(*one.arguments) == run_dir / one.name and (run_dir / one.name / "result.json").exists()
+    with pytest.raises(UserError, match="No arm 'gan'"):
+        arms.tasks(["gan"], run_dir, 1)
+
+
 def test_what_is_missing_is_named(run_dir, tmp_path):
     with pytest.raises(UserError, match="No arm 'gan'"):
         arms.train("gan", run_dir, 0)

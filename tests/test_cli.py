@@ -60,14 +60,16 @@ def test_statuses_of_a_run(error, status, monkeypatch, capsys):
 def test_run_hands_everything_on(monkeypatch):
     seen = []
     monkeypatch.setattr(pipeline, "run", lambda *given: seen.append(given))
-    words = "run --data d --profile smoke --out o --from 03 --jobs 3 --force -p seed 1 -p stage1.iterations a=b"
+    words = "run --data d --profile smoke --out o --from 03 --jobs 3 --force -p seed 1 -p stage1.iterations a=b "
+    words += "--engine ray --address h:1"
     monkeypatch.setattr(sys, "argv", ["stgan_utils", *words.split()])
     with pytest.raises(SystemExit) as ended:
         cli.main()
     assert not ended.value.code
-    data, profile, out, only, start, jobs, force, params = seen[0]
+    data, profile, out, only, start, jobs, force, params, on, address = seen[0]
     assert (data, profile, str(out), only, start, jobs, force) == ("d", "smoke", "o", None, "03", 3, True)
     assert params == {"seed": "1", "stage1.iterations": "a=b"}
+    assert (on, address) == ("ray", "h:1")
 
 
 def test_dedup_writes_a_row_an_image_and_deletes_nothing(phantom_dir, tmp_path, monkeypatch, capsys):

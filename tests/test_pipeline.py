@@ -186,6 +186,8 @@ def test_a_second_run_in_the_same_folder_is_refused_while_the_first_works(sequen
         ({"only": "09"}, "No step '09'; there are 00_start_here"),
         ({"start": "x"}, "No step 'x'"),
         ({"jobs": 0}, "jobs is 0"),
+        ({"on": "spark"}, "engine is 'spark', it must be 'local' or 'ray'"),
+        ({"address": "h:1"}, "say --engine ray as well"),
         ({"data": "nowhere"}, "There is no "),
     ],
 )
@@ -194,6 +196,14 @@ def test_wrong_requests_are_refused_before_anything_is_written(asked, message, s
     with pytest.raises(UserError, match=message):
         pipeline.run(**{"data": "phantom", "profile": "smoke", "out": out} | asked)
     assert not out.exists()
+
+
+def test_ray_is_asked_for_where_it_is_missing(sequence, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "ray", None)
+    monkeypatch.delitem(sys.modules, "stgan_utils.ray_engine", raising=False)
+    with pytest.raises(UserError, match=r"pip install '\.\[ray\]'"):
+        pipeline.run("phantom", "smoke", tmp_path / "run", on="ray")
+    assert not (tmp_path / "run").exists()
 
 
 def test_order_is_one_in_which_every_step_finds_what_it_needs():
