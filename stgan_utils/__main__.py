@@ -10,7 +10,7 @@ from typing import Annotated
 
 import typer
 
-from stgan_utils import pipeline, runs
+from stgan_utils import pipeline, places, runs
 from stgan_utils.config import PROFILES, UserError
 
 app = typer.Typer(
@@ -151,7 +151,7 @@ def refit_arm(name: Annotated[str, typer.Argument(help="A trained arm without ge
 def push_to_kaggle(
     run_dir: KaggleRun,
     step: KaggleStep = "all",
-    dataset: Annotated[str, typer.Option(help="The images on Kaggle.")] = "kmader/skin-cancer-mnist-ham10000",
+    dataset: Annotated[str, typer.Option(help="The images on Kaggle.")] = places.HAM10000,
     profile: Annotated[str, typer.Option(help=f"One of {', '.join(PROFILES)}.")] = "kaggle",
     package: Annotated[str | None, typer.Option(help="OWNER/NAME of a data set that holds this package.")] = None,
     internet: Annotated[bool, typer.Option(help="What the kernels may use; --package is for those without.")] = True,

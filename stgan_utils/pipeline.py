@@ -17,12 +17,12 @@ from dataclasses import dataclass, fields
 from multiprocessing import active_children, connection, get_context, parent_process
 from pathlib import Path
 
-from stgan_utils import files, runs
+from stgan_utils import files, places, runs
 from stgan_utils.config import SETTINGS, UserError, resolve
 from stgan_utils.lesions import MINORITY
 
 ROOT = Path(__file__).resolve().parents[1]
-NOTEBOOKS = ROOT / "notebooks"
+NOTEBOOKS = places.repository() / "notebooks"
 
 
 class StepFailed(Exception):
@@ -278,17 +278,13 @@ def _say(step, what):
     print(f"{time.strftime('%H:%M:%S')}  {step.name}: {what}", flush=True)
 
 
-def _cores():
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-
-
 def _threads(step, jobs):
     """Threads for a step's notebook, by its kind alone, never by what happens to run beside it.
 
     The number decides the order of floating-point sums. The six of Stage 2 share the cores; the others come one by one.
     """
     peers = sum(other.kind == step.kind for other in STEPS)
-    return os.environ.get("OMP_NUM_THREADS") or str(max(1, _cores() // min(jobs, peers)))
+    return os.environ.get("OMP_NUM_THREADS") or str(max(1, places.cores() // min(jobs, peers)))
 
 
 def _run_with_threads(threads, step, parameters):

@@ -9,6 +9,7 @@ import json
 import math
 import os
 import platform
+import shutil
 import subprocess
 import time
 from dataclasses import asdict, dataclass, field
@@ -16,10 +17,11 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import stgan_utils
-from stgan_utils import files
+from stgan_utils import files, places
 from stgan_utils.config import UserError
 
 PHANTOM = "phantom"
+AUTO = "auto"
 PHANTOM_NAME = "phantom — drawn, not photographed"
 START = "00_start_here"
 # How long a session may work has no say in what comes out.
@@ -36,9 +38,14 @@ class Unfinished(Exception):
 def identify(data):
     """What tells one dataset from another: "phantom", or the resolved path of a folder or file.
 
+    Args:
+        data: one of these; or "auto": the HAM10000 that `places.dataset` finds on Kaggle or Colab, else "phantom".
+
     Raises:
         UserError: there is nothing at that path.
     """
+    if str(data) == AUTO:
+        data = places.dataset() or PHANTOM
     if str(data) == PHANTOM:
         return PHANTOM
     path = Path(data).expanduser().resolve()
@@ -103,10 +110,13 @@ def check_folder(run_dir, step, settings, data, inputs=None):
 def open_step(step, settings, data, run_dir, profile, needs=()):
     """Begins a step, or goes on with one that was cut off: its folder is there and `settings.json` is in it.
 
+    Says what it found, and in a sentence each what will be missed (`outlook`).
+
     Args:
         step: the notebook's name without `.ipynb`.
         settings: the step's settings, an instance of one of `config.SETTINGS`.
-        data: "phantom", or a folder or file.
+        data: "phantom", a folder or file, or "auto"; see `identify`.
+        run_dir: the run folder; a relative one lies where results outlive the session (`places.results`).
         needs: the earlier steps that this one builds on.
 
     Returns:
@@ -116,10 +126,15 @@ def open_step(step, settings, data, run_dir, profile, needs=()):
         UserError: no such data, an earlier step is missing or was made from other data, or the step's folder belongs
             to a run with other settings.
     """
-    run_dir, data = Path(run_dir).expanduser().resolve(), identify(data)
+    drawn_for_want = data == AUTO and identify(data) == PHANTOM
+    run_dir, data = (places.results() / Path(run_dir).expanduser()).resolve(), identify(data)
+    for name in (*needs, step):
+        _adopt(name, run_dir)
     for name in needs:
-        if not (run_dir / name / "result.json").exists():
-            raise UserError(f"{name} has not been run in {run_dir}: run notebooks/{name}.ipynb first.")
+        if not result(run_dir, name):
+            raise UserError(
+                f"{name} has not been run in {run_dir}: run notebooks/{name}.ipynb first{places.advice('earlier')}."
+            )
     for name in dict.fromkeys([*needs, START]):
         earlier = result(run_dir, name)
         if step != START and earlier and earlier["data"] != data:
@@ -131,8 +146,24 @@ def open_step(step, settings, data, run_dir, profile, needs=()):
     begun = {"step": step, "settings": asdict(settings), "data": data, "profile": profile, "inputs": inputs}
     files.write_json(run_dir / step / "settings.json", begun)
     opened = OpenStep(step, settings, data, profile, run_dir, inputs)
-    print(f"{step} · data: {opened.data_name} · {opened.device} · {opened.folder}")
+    from stgan_utils import outlook  # torch
+
+    outlook.introduce(opened, drawn_for_want)
     return opened
+
+
+def _adopt(step, run_dir):
+    """Copies a step, and what it builds on, that another notebook ran and that Kaggle mounted for this one."""
+    left = next(places.mounted(f"{run_dir.name}/{step}/settings.json"), None)
+    if left is None or (run_dir / step).exists():
+        return
+    from stgan_utils.layouts import whole_folder  # pandas
+
+    with whole_folder(run_dir / step) as temporary:
+        shutil.copytree(left.parent, temporary, dirs_exist_ok=True)
+    print(f"{step}: from {left.parent}")
+    for earlier in files.read_json(left)["inputs"]:
+        _adopt(earlier, run_dir)
 
 
 @dataclass

@@ -72,7 +72,7 @@ def test_parameters_are_those_of_the_settings(notebook):
     step = STEPS[notebook.path.stem.replace(".template", "_DF")]
     given = parameters(notebook)
     assert set(given) == {"data", "run_dir", "profile"} | {field.name for field in fields(SETTINGS[step.kind])}
-    assert given["data"] == "phantom" and given["profile"] == "demo"
+    assert given["data"] == "auto" and given["profile"] == "demo" and given["run_dir"] == "runs/demo"
     # Defaults of settings are the profile's, so that they stand once.
     own = set(given) - {"data", "run_dir", "profile", "lesion"}
     assert all(given[name] is None for name in own)
