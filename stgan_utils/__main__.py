@@ -46,7 +46,9 @@ KaggleStep = Annotated[str, typer.Argument(metavar="[STEP|all]", help="Such as 0
 
 @app.command()
 def run(
-    data: Annotated[str, typer.Option(help="A dataset's folder, or 'phantom' for the embedded one.")] = runs.PHANTOM,
+    data: Annotated[
+        str, typer.Option(help="A dataset's folder, 'phantom' (the embedded one) or 'auto' (what Kaggle or Colab has).")
+    ] = runs.PHANTOM,
     profile: Annotated[str, typer.Option(help=f"One of {', '.join(PROFILES)}.")] = "demo",
     out: Annotated[Path, typer.Option(help="The run folder; a run that was cut off goes on from it.")] = Path(
         "runs/demo"

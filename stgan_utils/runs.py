@@ -126,8 +126,8 @@ def open_step(step, settings, data, run_dir, profile, needs=()):
         UserError: no such data, an earlier step is missing or was made from other data, or the step's folder belongs
             to a run with other settings.
     """
-    drawn_for_want = data == AUTO and identify(data) == PHANTOM
-    run_dir, data = (places.results() / Path(run_dir).expanduser()).resolve(), identify(data)
+    asked, data = data, identify(data)
+    run_dir = (places.results() / Path(run_dir).expanduser()).resolve()
     for name in (*needs, step):
         _adopt(name, run_dir)
     for name in needs:
@@ -148,14 +148,16 @@ def open_step(step, settings, data, run_dir, profile, needs=()):
     opened = OpenStep(step, settings, data, profile, run_dir, inputs)
     from stgan_utils import outlook  # torch
 
-    outlook.introduce(opened, drawn_for_want)
+    outlook.introduce(opened, drawn_for_want=asked == AUTO and data == PHANTOM)
     return opened
 
 
 def _adopt(step, run_dir):
     """Copies a step, and what it builds on, that another notebook ran and that Kaggle mounted for this one."""
+    if (run_dir / step).exists():
+        return
     left = next(places.mounted(f"{run_dir.name}/{step}/settings.json"), None)
-    if left is None or (run_dir / step).exists():
+    if left is None:
         return
     from stgan_utils.layouts import whole_folder  # pandas
 

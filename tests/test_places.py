@@ -103,7 +103,8 @@ def test_kaggle(place, phantom_dir, monkeypatch):
     said = run(STAGE1, working, weights="auto", ngf=16, quality_images=8)
     assert f"{BASELINE}: from {mounts}" in said and "**Nothing is trained here: released weights `stage1-64px`" in said
     done = runs.result(working / "runs" / "demo", STAGE1)
-    assert done["models"][0]["sha256"] == weights.entry("stage1-64px")["sha256"] and done["data"] == str(images)
+    assert weights.entry("stage1-64px")["sha256"] in {model["sha256"] for model in done["models"]}
+    assert done["data"] == str(images)
 
 
 def test_colab_disconnected_in_the_middle_of_stage_1(place, phantom_dir, monkeypatch):
@@ -112,8 +113,8 @@ def test_colab_disconnected_in_the_middle_of_stage_1(place, phantom_dir, monkeyp
     shutil.copytree(phantom_dir, drive / "HAM10000")
     install(place, monkeypatch)
     run_dir = drive / "stgan" / "runs" / "demo"
-    length = {"ngf": 8, "batch_size": 2, "iterations": 100, "checkpoint_every": 60, "quality_images": 8}
-    length |= {"sample_every": 100, "evaluate_every": 100}
+    length = {"ngf": 8, "batch_size": 2, "iterations": 40, "checkpoint_every": 24, "quality_images": 8}
+    length |= {"sample_every": 40, "evaluate_every": 40}
 
     assert "data: HAM10000 · cpu (" in run(START, content)
     baseline = runs.open_step(BASELINE, config.resolve("baseline", "smoke"), drive / "HAM10000", run_dir, "smoke")
@@ -123,7 +124,7 @@ def test_colab_disconnected_in_the_middle_of_stage_1(place, phantom_dir, monkeyp
     threading.Thread(target=kill_kernel_at, args=(checkpoint,), daemon=True).start()
     with pytest.raises(DeadKernelError):
         run(STAGE1, content, **length)
-    assert checkpoints.read_header(checkpoint)["iteration"] == 60
+    assert checkpoints.read_header(checkpoint)["iteration"] == 24
 
     # Another machine, with the same Drive.
     shutil.rmtree(place / "home")
@@ -154,10 +155,11 @@ def install(place, monkeypatch):
     monkeypatch.setenv("PYTHONPATH", f"{place / 'python'}{os.pathsep}{site}")
     options = {"PIP_PREFIX": str(prefix), "PIP_NO_INDEX": "1", "PIP_NO_BUILD_ISOLATION": "0"}
     published = f"{stgan_utils.REPOSITORY}/archive/refs/tags/v{stgan_utils.__version__}.tar.gz"
-    cell = first_cell().replace(published, clone.as_uri()) + "\nimport stgan_utils; print(stgan_utils.__file__)"
-    ran = execute(cell, place / "content", options)
-    assert ran.stdout.strip() == str(site / "stgan_utils" / "__init__.py"), ran.stderr
-    assert {path.name.split("-")[0] for path in site.iterdir()} == {"stgan_utils"}
+    cell = first_cell().replace(published, clone.as_uri())
+    ran = execute(f"{cell}\nfrom stgan_utils import places; print(places.repository())", place / "content", options)
+    assert {path.name.split("-")[0] for path in site.iterdir()} == {"stgan_utils"}, ran.stderr
+    for name in ("weights_manifest.json", "weights/stage1-64px.safetensors", f"notebooks/{START}.ipynb"):
+        assert Path(ran.stdout.strip(), name).is_relative_to(prefix) and Path(ran.stdout.strip(), name).exists()
 
 
 def first_cell():
