@@ -90,7 +90,8 @@ def check_folder(run_dir, step, settings, data, inputs=None):
     if not begun_with.exists() or not made:  # pictures of what was to be done are no work to lose
         return
     begun = files.read_json(begun_with)
-    there, asked = _compared(begun["settings"]), _compared(settings)
+    # A setting that came later than the folder stood at what is its default now.
+    there, asked = {**_compared(type(settings)()), **_compared(begun["settings"])}, _compared(settings)
     differ = [
         f"{name} {there.get(name)!r} there, {asked.get(name)!r} asked for"
         for name in dict.fromkeys([*there, *asked])

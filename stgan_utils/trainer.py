@@ -352,11 +352,9 @@ class GanTrainer:
     def _resume(self):
         tensors, header = checkpoints.load(self.checkpoint)
         asked = asdict(self.settings)
-        differ = [
-            name
-            for name, value in asked.items()
-            if name not in FREE_SETTINGS and header.get("settings", {}).get(name) != value
-        ]
+        # A setting that came later than the checkpoint stood at what is its default now.
+        there = asdict(type(self.settings)()) | header.get("settings", {})
+        differ = [name for name, value in asked.items() if name not in FREE_SETTINGS and there.get(name) != value]
         if differ:
             raise UserError(
                 f"{self.checkpoint} was trained with other settings ({', '.join(differ)}): choose another run folder, "

@@ -101,6 +101,18 @@ def test_a_half_made_step_is_taken_up_with_its_settings_and_refused_with_others(
         open_stage1(run_dir)
 
 
+def test_a_folder_from_before_a_setting_was_there_stood_at_its_default(run_dir):
+    begun = open_stage1(run_dir).folder / "settings.json"
+    (begun.parent / "work").touch()
+    older = files.read_json(begun)
+    del older["settings"]["weights"]
+    files.write_json(begun, older)
+    assert open_stage1(run_dir).settings.weights == "train"
+    files.write_json(begun, older)
+    with pytest.raises(UserError, match=r"\(weights 'train' there, 'auto' asked for\)"):
+        open_stage1(run_dir, replace(SETTINGS, weights="auto"))
+
+
 def test_missing_step_and_other_data_are_named(run_dir, tmp_path):
     with pytest.raises(UserError, match=r"01_baseline has not been run in .*notebooks/01_baseline\.ipynb first"):
         runs.open_step("05", SETTINGS, "phantom", run_dir, "smoke", needs=(runs.START, "01_baseline"))
