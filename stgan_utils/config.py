@@ -263,21 +263,23 @@ PROFILES = {
             "generate": 120,
         },
     },
-    # Real images on a laptop, an evening.
+    # Real images on a laptop, an evening; what the released GANs were trained with.
     "real-cpu": {
         "baseline": {"size": 96, "epochs": 6},
         "classifier": {"size": 96, "epochs": 6},
         "stage1": {
+            "size": 128,
             "ngf": 16,
-            "iterations": 1500,
+            "iterations": 3000,
             "perceptual": "mobilenet",
             "checkpoint_every": 250,
             "sample_every": 250,
             "evaluate_every": 500,
         },
         "stage2": {
+            "size": 128,
             "ngf": 16,
-            "iterations": 400,
+            "iterations": 300,
             "learning_rate": 1e-4,
             "bt_ramp": 50,
             "perceptual": "mobilenet",
@@ -318,8 +320,9 @@ PROFILES = {
 
 # `make quick`: the demo, its GANs from released weights; a few minutes on two cores.
 PROFILES["quick"] = PROFILES["demo"] | {
-    "stage1": PROFILES["demo"]["stage1"] | {"weights": "auto"},
-    "stage2": PROFILES["demo"]["stage2"] | {"weights": "auto", "generate": 60},
+    "data": PROFILES["demo"]["data"] | {"phantom_size": 128},
+    "stage1": PROFILES["demo"]["stage1"] | {"weights": "auto", "size": 128},
+    "stage2": PROFILES["demo"]["stage2"] | {"weights": "auto", "size": 128, "generate": 60},
 }
 
 
