@@ -4,11 +4,10 @@ them that will not do.
 
 import shutil
 
-import torch
 from IPython import get_ipython
 from IPython.display import Markdown, display
 
-from stgan_utils import device, places
+from stgan_utils import places
 
 GPU_PROFILE = "kaggle"  # takes days without one
 
@@ -20,58 +19,56 @@ def introduce(step, drawn_for_want):
         step: a `runs.OpenStep`.
         drawn_for_want: the images are phantom because no others were found.
     """
-    print(f"{step.step} · {line(step.settings, step.data_name, step.folder)}")
+    print(f"{step.step} · {line(step)}")
     if drawn_for_want:
         _bold(
             "There is no HAM10000 here, so the images are phantom: drawn, not photographed, and no evidence. For real "
             f"ones {places.advice('data')}, and run from the top."
         )
-    for sentence in warnings(step.settings, step.profile, step.folder):
+    for sentence in warnings(step):
         _bold(sentence)
 
 
-def line(settings, data_name, folder):
-    """Data, device and precision, memory or cores, time limit, free disk and folder, between dots.
+def line(step):
+    """Data, device and precision, GPU memory or cores, time limit, free disk and the step's folder, between dots."""
+    room = f"{places.cores()} cores"
+    if step.device.startswith("cuda"):
+        import torch
 
-    Args:
-        settings: the step's settings.
-        data_name: what the data is called.
-        folder: the step's folder; it exists.
-    """
-    if device.pick().type == "cuda":
-        room = f"{torch.cuda.get_device_properties(device.pick()).total_memory / 1e9:.0f} GB of GPU memory"
-    else:
-        room = f"{places.cores()} cores"
-    minutes = getattr(settings, "max_minutes", None)
+        room = f"{_gb(torch.cuda.get_device_properties(0).total_memory)} of GPU memory"
+    minutes = getattr(step.settings, "max_minutes", None)
     limit = [f"stops after {minutes:g} minutes"] if minutes is not None else []
-    free = f"{_gb(shutil.disk_usage(folder).free)} of disk free"
-    return " · ".join([f"data: {data_name}", device.describe(), room, *limit, free, str(folder)])
+    free = f"{_gb(shutil.disk_usage(step.folder).free)} of disk free"
+    return " · ".join([f"data: {step.data_name}", step.device, room, *limit, free, str(step.folder)])
 
 
-def warnings(settings, profile, folder):
-    """A sentence, with the way on, for each thing that this step will miss here."""
-    trains, found = hasattr(settings, "iterations") or hasattr(settings, "epochs"), []
-    # One that this torch has no kernels for is named by `device.pick`.
-    if trains and profile == GPU_PROFILE and not torch.cuda.is_available():
-        found.append(
-            f"There is no GPU, and without one the profile {GPU_PROFILE!r} takes days: {places.advice('gpu')}, or set "
-            "profile to 'demo' or 'real-cpu'."
-        )
-    if profile == GPU_PROFILE and places.place() == places.KAGGLE and getattr(settings, "max_minutes", 0) is None:
+def warnings(step):
+    """A sentence, with the way on, for each thing that the step will miss here."""
+    settings, found = step.settings, []
+    full_size = step.profile == GPU_PROFILE and (hasattr(settings, "iterations") or hasattr(settings, "epochs"))
+    if full_size and not step.device.startswith("cuda"):
+        import torch
+
+        if not torch.cuda.is_available():  # `device.pick` names one that cannot be used
+            found.append(
+                f"There is no GPU, and without one the profile {GPU_PROFILE!r} takes days: {places.advice('gpu')}, or "
+                "set profile to 'demo' or 'real-cpu'."
+            )
+    if full_size and places.place() == places.KAGGLE and getattr(settings, "max_minutes", 0) is None:
         found.append(
             "No time limit: Kaggle ends a session after 9 to 12 hours and keeps nothing of it; max_minutes = 500 stops "
             "in time, and the next session goes on from its output."
         )
-    if places.place() == places.COLAB and not folder.is_relative_to(places.DRIVE):
+    if places.place() == places.COLAB and not step.folder.is_relative_to(places.DRIVE):
         found.append(
             "What is made here is lost with the session: mount Google Drive (the folder symbol, then Mount Drive) and "
             "run from the top, and it is kept there."
         )
-    free, needed = shutil.disk_usage(folder).free, room_needed(settings)
+    free, needed = shutil.disk_usage(step.folder).free, room_needed(settings)
     if free < needed:
         found.append(
-            f"The disk is nearly full: {_gb(free)} free below {folder}, and this step may want {_gb(needed)}; delete "
-            "what is no longer needed there, or set run_dir to a folder of another disk."
+            f"The disk is nearly full: {_gb(free)} free below {step.folder}, and this step may want {_gb(needed)}; "
+            "delete what is no longer needed there, or set run_dir to a folder of another disk."
         )
     return found
 

@@ -127,7 +127,7 @@ def open_step(step, settings, data, run_dir, profile, needs=()):
         UserError: no such data, an earlier step is missing or was made from other data, or the step's folder belongs
             to a run with other settings.
     """
-    asked, data = data, identify(data)
+    automatic, data = data == AUTO, identify(data)
     run_dir = (places.results() / Path(run_dir).expanduser()).resolve()
     for name in (*needs, step):
         _adopt(name, run_dir)
@@ -139,17 +139,18 @@ def open_step(step, settings, data, run_dir, profile, needs=()):
     for name in dict.fromkeys([*needs, START]):
         earlier = result(run_dir, name)
         if step != START and earlier and earlier["data"] != data:
-            raise UserError(
-                f"{run_dir / name} was made from {earlier['data']}, not from {data}: choose another run folder."
-            )
+            way_on = f"not from {data}: choose another run folder"
+            if automatic and data == PHANTOM:
+                way_on = f"which is not here: {places.advice('data')}, or choose another run folder"
+            raise UserError(f"{run_dir / name} was made from {earlier['data']}, {way_on}.")
     inputs = _fingerprints(run_dir, needs)
     check_folder(run_dir, step, settings, data, inputs)
     begun = {"step": step, "settings": asdict(settings), "data": data, "profile": profile, "inputs": inputs}
     files.write_json(run_dir / step / "settings.json", begun)
-    opened = OpenStep(step, settings, data, profile, run_dir, inputs)
-    from stgan_utils import outlook  # torch
+    from stgan_utils import outlook  # IPython
 
-    outlook.introduce(opened, drawn_for_want=asked == AUTO and data == PHANTOM)
+    opened = OpenStep(step, settings, data, profile, run_dir, inputs)
+    outlook.introduce(opened, drawn_for_want=automatic and data == PHANTOM)
     return opened
 
 

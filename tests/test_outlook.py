@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from stgan_utils import config, device, fastgan, outlook, places
+from stgan_utils import config, device, fastgan, outlook, places, runs
 
 
 @pytest.fixture(autouse=True)
@@ -31,12 +31,20 @@ def disk(monkeypatch):
 STAGE1 = config.resolve("stage1", "kaggle")
 
 
+def begun(tmp_path, settings=STAGE1, profile="kaggle"):
+    return runs.OpenStep("step", settings, "phantom", profile, tmp_path, {}, data_name="HAM10000, n = 7")
+
+
+def warned(tmp_path, kind, profile, **given):
+    return outlook.warnings(begun(tmp_path, config.resolve(kind, profile, given), profile))
+
+
 def test_line_has_data_device_precision_time_and_room(disk, tmp_path):
-    said = outlook.line(config.resolve("stage1", "smoke", {"max_minutes": 30}), "HAM10000, n = 7", tmp_path)
-    parts = said.split(" · ")
+    parts = outlook.line(begun(tmp_path, config.resolve("stage1", "smoke", {"max_minutes": 30}))).split(" · ")
     assert parts[0] == "data: HAM10000, n = 7" and parts[1] == device.describe() and "float32" in parts[1]
-    assert parts[2:] == [f"{places.cores()} cores", "stops after 30 minutes", "50.0 GB of disk free", str(tmp_path)]
-    assert "minutes" not in outlook.line(config.resolve("data", "smoke"), "x", tmp_path)
+    assert parts[2:4] == [f"{places.cores()} cores", "stops after 30 minutes"]
+    assert parts[4:] == ["50.0 GB of disk free", str(tmp_path / "step")]
+    assert "minutes" not in outlook.line(begun(tmp_path, config.resolve("data", "smoke")))
 
 
 def test_memory_of_a_gpu(disk, tmp_path, monkeypatch):
@@ -45,8 +53,8 @@ def test_memory_of_a_gpu(disk, tmp_path, monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (7, 5))
     monkeypatch.setattr(torch.cuda, "get_arch_list", lambda: ["sm_75"])
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(total_memory=15.8e9))
-    assert "cuda (Tesla T4), float16 · 16 GB of GPU memory · " in outlook.line(STAGE1, "x", tmp_path)
-    assert outlook.warnings(STAGE1, "kaggle", tmp_path) == []
+    assert " · cuda (Tesla T4), float16 · 15.8 GB of GPU memory · " in outlook.line(begun(tmp_path))
+    assert warned(tmp_path, "stage1", "kaggle") == []
 
 
 @pytest.mark.parametrize(
@@ -59,32 +67,31 @@ def test_memory_of_a_gpu(disk, tmp_path, monkeypatch):
 )
 def test_no_gpu_matters_to_what_trains_at_full_size(disk, tmp_path, monkeypatch, variable, way_on):
     monkeypatch.setenv(variable, "x")
-    (said,) = [each for each in outlook.warnings(STAGE1, "kaggle", tmp_path) if "GPU" in each]
+    (said,) = [each for each in warned(tmp_path, "stage1", "kaggle", max_minutes=500) if "Drive" not in each]
     assert way_on in said and "real-cpu" in said
     for kind, profile in (("stage1", "demo"), ("data", "kaggle"), ("dedup", "kaggle")):
-        assert not any("GPU" in each for each in outlook.warnings(config.resolve(kind, profile), profile, tmp_path))
+        assert not any("GPU" in each for each in warned(tmp_path, kind, profile))
 
 
 def test_kaggle_wants_a_time_limit_and_colab_drive(disk, tmp_path, monkeypatch):
-    assert not any("lost" in each or "limit" in each for each in outlook.warnings(STAGE1, "kaggle", tmp_path))
+    assert not any("lost" in each or "limit" in each for each in warned(tmp_path, "stage1", "kaggle"))
     monkeypatch.setattr(places, "DRIVE", tmp_path / "drive")
     monkeypatch.setenv("COLAB_RELEASE_TAG", "x")
-    (said,) = outlook.warnings(config.resolve("data", "demo"), "demo", tmp_path / "content")
+    (said,) = warned(tmp_path / "content", "data", "demo")
     assert said.startswith("What is made here is lost with the session: mount Google Drive")
-    assert outlook.warnings(config.resolve("data", "demo"), "demo", tmp_path / "drive" / "runs") == []
+    assert warned(tmp_path / "drive" / "runs", "data", "demo") == []
     monkeypatch.setenv("KAGGLE_KERNEL_RUN_TYPE", "x")
-    assert "max_minutes = 500" in outlook.warnings(STAGE1, "kaggle", tmp_path)[-1]
-    limited = config.resolve("stage1", "kaggle", {"max_minutes": 500})
-    assert not any("max_minutes" in each for each in outlook.warnings(limited, "kaggle", tmp_path))
+    assert "max_minutes = 500" in warned(tmp_path, "stage1", "kaggle")[-1]
+    assert not any("max_minutes" in each for each in warned(tmp_path, "stage1", "kaggle", max_minutes=500))
 
 
 def test_a_disk_too_small_for_the_step(disk, tmp_path):
     disk(1e9)
-    (said,) = outlook.warnings(config.resolve("stage1", "kaggle"), "real-cpu", tmp_path)
+    (said,) = outlook.warnings(begun(tmp_path, STAGE1, "real-cpu"))
     assert said.startswith("The disk is nearly full: 1.0 GB free below") and "run_dir" in said
-    assert outlook.warnings(config.resolve("stage1", "demo"), "demo", tmp_path) == []
+    assert warned(tmp_path, "stage1", "demo") == []
     disk(1e8)
-    assert outlook.warnings(config.resolve("data", "demo"), "demo", tmp_path)
+    assert warned(tmp_path, "data", "demo")
 
 
 def test_room_is_enough_for_two_checkpoints_and_the_images():

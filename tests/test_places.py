@@ -274,6 +274,14 @@ def test_a_missing_step_is_said_with_the_way_on(machine, tmp_path, variable, adv
         runs.open_step(BASELINE, config.resolve("baseline", "smoke"), "phantom", tmp_path / "run", "smoke", (START,))
 
 
+def test_images_that_this_session_lacks_are_asked_for_again(machine, tmp_path, phantom_dir):
+    settings = config.resolve("data", "smoke")
+    runs.open_step(START, settings, phantom_dir, tmp_path / "run", "smoke").finish({}, "")
+    machine("COLAB_RELEASE_TAG")
+    with pytest.raises(UserError, match=rf"was made from {phantom_dir}, which is not here: run `import kagglehub; "):
+        runs.open_step(BASELINE, config.resolve("baseline", "smoke"), "auto", tmp_path / "run", "smoke", (START,))
+
+
 def test_an_unfinished_step_goes_on_from_the_input_of_the_next_session(machine, tmp_path):
     machine("KAGGLE_KERNEL_RUN_TYPE")
     settings = config.resolve("data", "smoke")
