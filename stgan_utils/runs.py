@@ -20,6 +20,7 @@ from pathlib import Path
 import stgan_utils
 from stgan_utils import files, places
 from stgan_utils.config import UserError
+from stgan_utils.lesions import MINORITY
 
 PHANTOM = "phantom"
 AUTO = "auto"
@@ -233,6 +234,13 @@ class OpenStep:
             UserError: it has not been run.
         """
         return files.read_json(self.run_dir / name / "result.json")
+
+    @property
+    def made_by(self):
+        """Whose weights made this run's generated images, for figures that show them; None: its own."""
+        steps = (result(self.run_dir, f"03_stage2_{code}") or {} for code in MINORITY)
+        released = [step["numbers"]["released"] for step in steps if "released" in step.get("numbers", {})]
+        return f"generated: released weights {', '.join(released)}" if released else None
 
     def figure(self, fig, name, caption, data_name=None):
         """Saves a matplotlib Figure as `figures/<name>.png`, as `save_figure` does, and shows it.
