@@ -240,7 +240,7 @@ PROFILES = {
             "evaluate_every": 4,
             "quality_images": 32,
             "generate": 24,
-            "ablation_iterations": 2,
+            "ablation_iterations": 1,
         },
     },
     # `make run`: at most ten minutes on two cores, pictures worth looking at.
