@@ -98,6 +98,8 @@ class Stage2Settings(Stage1Settings):
     noise_decay: int = 500  # iterations over which it falls to 0
     # Images to generate; 0: as many as bring the class's train split to the largest class's.
     generate: int = 0
+    # Length of each of the three short trainings that show what freezing and Barlow Twins change; 0: none.
+    ablation_iterations: int = 0
 
     def __post_init__(self):
         super().__post_init__()
@@ -105,6 +107,8 @@ class Stage2Settings(Stage1Settings):
         _require(self.freeze_blocks >= 0, f"freeze_blocks is {self.freeze_blocks}, it must not be negative.")
         _require(self.noise_sigma >= 0, f"noise_sigma is {self.noise_sigma}, it must not be negative.")
         _require(self.bt_weight >= 0, f"bt_weight is {self.bt_weight}, it must not be negative.")
+        iterations = self.ablation_iterations
+        _require(iterations >= 0, f"ablation_iterations is {iterations}, it must not be negative.")
         _require(
             not self.start_from or self.weights == "train",
             f"start_from is for training, but weights is {self.weights!r}: leave one of them out.",
@@ -236,6 +240,7 @@ PROFILES = {
             "evaluate_every": 4,
             "quality_images": 32,
             "generate": 24,
+            "ablation_iterations": 1,
         },
     },
     # `make run`: at most ten minutes on two cores, pictures worth looking at.
@@ -287,6 +292,7 @@ PROFILES = {
             "sample_every": 50,
             "evaluate_every": 50,
             "generate": 400,
+            "ablation_iterations": 150,
         },
     },
     # The prior system's settings (PRIOR figures in docs), sized for Kaggle's T4 × 2 or L4.
@@ -314,6 +320,7 @@ PROFILES = {
             "sample_every": 200,
             "evaluate_every": 200,
             "quality_images": 1000,
+            "ablation_iterations": 200,
         },
     },
 }

@@ -9,6 +9,7 @@ import json
 import math
 import os
 import platform
+import re
 import shutil
 import subprocess
 import time
@@ -19,13 +20,14 @@ from pathlib import Path
 import stgan_utils
 from stgan_utils import files, places
 from stgan_utils.config import UserError
+from stgan_utils.lesions import MINORITY
 
 PHANTOM = "phantom"
 AUTO = "auto"
 PHANTOM_NAME = "phantom — drawn, not photographed"
 START = "00_start_here"
-# How long a session may work has no say in what comes out.
-NOT_COMPARED = ("max_minutes",)
+# How long a session may work, and what is tried out beside the training, have no say in what later steps get.
+NOT_COMPARED = ("max_minutes", "ablation_iterations")
 
 
 class Unfinished(Exception):
@@ -170,6 +172,29 @@ def _adopt(step, run_dir):
         _adopt(earlier, run_dir)
 
 
+def drawn(text):
+    """What a text says of real images, said of phantom ones; names such as `real-cpu` stay."""
+    return re.sub(r"\b([Rr])eal\b(?!-)", lambda found: "Phantom" if found[1] == "R" else "phantom", text)
+
+
+def save_figure(fig, path, source):
+    """Saves a matplotlib Figure with what it was drawn from below it: `source`, as `OpenStep.data_name`.
+
+    Drawn from phantom images it says so in colour, and none of its texts calls them real.
+    """
+    from matplotlib.text import Text
+
+    look = {"fontsize": 7, "color": "0.4"}
+    if PHANTOM_NAME in source:
+        look = {"fontsize": 8, "color": "#a33c00"}
+        for text in fig.findobj(Text):
+            text.set_text(drawn(text.get_text()))
+    # Below the axes, where `bbox_inches="tight"` makes room for it.
+    fig.text(0.99, -0.01, f"data: {source}", ha="right", va="top", **look)
+    with files.atomic_path(path) as temporary:
+        fig.savefig(temporary, dpi=110, bbox_inches="tight", facecolor="white")
+
+
 @dataclass
 class OpenStep:
     """A step at work: collects figures, tables and models, and `finish` writes them down.
@@ -210,26 +235,36 @@ class OpenStep:
         """
         return files.read_json(self.run_dir / name / "result.json")
 
+    @property
+    def made_by(self):
+        """Whose weights made this run's generated images, for figures that show them; None: its own."""
+        steps = (result(self.run_dir, f"03_stage2_{code}") or {} for code in MINORITY)
+        released = [step["numbers"]["released"] for step in steps if "released" in step.get("numbers", {})]
+        return f"generated: released weights {', '.join(released)}" if released else None
+
     def figure(self, fig, name, caption, data_name=None):
-        """Saves a matplotlib Figure as `figures/<name>.png` with the data's name below it, and shows it.
+        """Saves a matplotlib Figure as `figures/<name>.png`, as `save_figure` does, and shows it.
 
         Args:
-            data_name: what it was drawn from, where that is not this run's data.
+            data_name: what it was drawn from, where that is not this run's data alone.
         """
         from IPython.display import Image, display
 
-        # Below the axes, where `bbox_inches="tight"` makes room for it.
-        fig.text(0.99, -0.01, f"data: {data_name or self.data_name}", ha="right", va="top", fontsize=7, color="0.4")
+        source = data_name or self.data_name
         path = self.folder / "figures" / f"{name}.png"
-        with files.atomic_path(path) as temporary:
-            fig.savefig(temporary, dpi=110, bbox_inches="tight", facecolor="white")
+        save_figure(fig, path, source)
+        caption = drawn(caption) if PHANTOM_NAME in source else caption
         self.figures.append({"file": str(path.relative_to(self.folder)), "caption": caption})
         display(Image(filename=str(path)))
 
     def table(self, table, title):
-        """Remembers a DataFrame for the report, its index too where that has a name, and shows it."""
+        """Remembers a DataFrame for the report, its index too where that has a name, and shows it.
+
+        The title calls phantom images what they are, as in `figure`.
+        """
         from IPython.display import display
 
+        title = drawn(title) if self.data == PHANTOM else title
         display(table)
         flat = table.reset_index() if table.index.names != [None] else table
         rows = [list(row) for row in flat.itertuples(index=False, name=None)]
@@ -247,7 +282,7 @@ class OpenStep:
 
         Args:
             numbers: what was measured, a mapping of anything JSON can hold and NumPy's own numbers; NaN becomes null.
-            learnt: one sentence for the report.
+            learnt: one sentence for the report; it calls phantom images what they are, as in `figure`.
 
         Returns:
             What was written, as a dict.
@@ -269,7 +304,7 @@ class OpenStep:
                 "figures": self.figures,
                 "tables": self.tables,
                 "models": self.models,
-                "learnt": learnt,
+                "learnt": drawn(learnt) if self.data == PHANTOM else learnt,
             }
         )
         files.write_json(self.folder / "result.json", values)

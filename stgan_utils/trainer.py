@@ -32,7 +32,7 @@ SAMPLE_SEED = 1234  # of the sample grid and of evaluation: the same latents eac
 GRID = 8  # samples a row and rows of a grid
 
 # Settings that may change between two sessions of one run without changing what is trained.
-FREE_SETTINGS = ("iterations", "max_minutes", "checkpoint_every", "sample_every")
+FREE_SETTINGS = ("iterations", "max_minutes", "checkpoint_every", "sample_every", "ablation_iterations")
 
 
 def samples(generator):
