@@ -2,9 +2,10 @@
 
 Accelerate's way from a notebook, `notebook_launcher`, forks the notebook's process. CUDA does not survive that, so it
 refuses once the process has used the GPU, and ours always has: the features that KID is measured in are computed there
-before a training begins. The processes are therefore *spawned*, new interpreters that get what accelerate's launcher
-gives them; nothing depends on what the notebook did before. Callbacks stay in the notebook's process, where their
-network and the cell's output are: the main process of the training sends it what to show or evaluate, and waits.
+before a training begins. (On Kaggle an import alone was enough, more than once: huggingface/accelerate, issues 3524 and
+3833.) The processes are therefore *spawned*: new interpreters that get what accelerate's launcher gives them, whatever
+the notebook did before. Callbacks stay in the notebook's process, where their network and the cell's output are: the
+main process of the training sends it what to show or evaluate, and waits.
 
 Outside a notebook, `accelerate launch SCRIPT` does without this room: a `GanTrainer` finds the other processes itself.
 """
@@ -58,7 +59,7 @@ def train(settings, images, folder, start=None, evaluate=None, on_sample=None, p
     torch.cuda.empty_cache()  # what this process has put by is the training's to use
     with _file_of(images) as file:
         # Pickled here: on their own way, tensors would go through /dev/shm, which is small in some containers.
-        _run(processes, callbacks, pickle.dumps((settings, str(file), folder, start, asked)))
+        _run(processes, callbacks, pickle.dumps((settings, file, folder, start, asked)))
     header = checkpoints.read_header(folder / "checkpoint.safetensors")
     return pd.DataFrame(header["history"]), pd.DataFrame(header["quality"])
 
@@ -74,13 +75,14 @@ def _raise(error):
 @contextmanager
 def _file_of(images):
     """An .npy file of the images, for processes to map: the one they come from (`data.image_cache`) or a temporary."""
-    file = getattr(images, "filename", None)
-    if file and images.flags.c_contiguous and np.load(file, mmap_mode="r").shape == images.shape:
+    file = str(getattr(images, "filename", ""))
+    if file.endswith(".npy") and images.flags.c_contiguous and np.load(file, mmap_mode="r").shape == images.shape:
         yield file
         return
     with TemporaryDirectory() as folder:
-        np.save(Path(folder) / "images.npy", images)
-        yield Path(folder) / "images.npy"
+        file = str(Path(folder) / "images.npy")
+        np.save(file, images)
+        yield file
 
 
 def _run(processes, callbacks, job):

@@ -260,7 +260,8 @@ class GanTrainer:
         pending = []
         if main and self.iteration == 0:
             self._look(force=True)
-        with tqdm(total=s.iterations, initial=self.iteration, unit="it", mininterval=2, disable=not main) as bar:
+        pace = 2 if parallel.size() == 1 else 30  # seconds; in a notebook, another process's bar is a line each time
+        with tqdm(total=s.iterations, initial=self.iteration, unit="it", mininterval=pace, disable=not main) as bar:
             while self.iteration < s.iterations:
                 pending.append(self.step())
                 bar.update()
@@ -303,7 +304,8 @@ class GanTrainer:
         self.history.append({"iteration": self.iteration, **mean})
         rate = bar.format_dict["rate"] or 0
         bar.set_postfix(
-            {"images/s": f"{rate * self.settings.batch_size:.0f}", **{k: f"{v:.2f}" for k, v in mean.items()}}
+            {"images/s": f"{rate * self.settings.batch_size:.0f}", **{k: f"{v:.2f}" for k, v in mean.items()}},
+            refresh=False,
         )
 
     def _look(self, force):

@@ -48,7 +48,7 @@ def in_double(patch):
 def stage2(folder, stage1, settings=STAGE2, **more):
     path = stage1 / "checkpoint.safetensors"
     start = checkpoints.load_generator(path), checkpoints.load_discriminator(path)
-    return {"settings": settings, "images": IMAGES, "folder": folder, "start": start, "evaluate": kid_of_mean, **more}
+    return {"settings": settings, "images": IMAGES, "folder": folder, "start": start, "evaluate": kid_of_mean} | more
 
 
 def train_both(folder):
@@ -172,7 +172,9 @@ def test_launched_from_here_callbacks_are_called_here(one, tmp_path, capsys):
         launch.train(**stage2(tmp_path / "two", one / "1", settings, on_sample=look), processes=2)
     assert seen == [(0, os.getpid()), (2, os.getpid())] and not active_children()
     # In single precision rounding grows: Adam makes a step of full length from a gradient that should be 0.
-    history, quality = launch.train(**stage2(tmp_path / "two", one / "1"), processes=2)
+    np.save(tmp_path / "images.npy", IMAGES)
+    mapped = np.load(tmp_path / "images.npy", mmap_mode="c")
+    history, quality = launch.train(**stage2(tmp_path / "two", one / "1", images=mapped), processes=2)
     expected = launch.train(**stage2(tmp_path / "one", one / "1"), processes=1)
     for ours, theirs in zip((history, quality), expected, strict=True):
         pd.testing.assert_frame_equal(ours, theirs, rtol=1e-3)
