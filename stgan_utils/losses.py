@@ -5,6 +5,7 @@ from torch import nn
 from torch.nn import functional as F
 from torchvision.models import SqueezeNet1_1_Weights, VGG16_Weights
 
+from stgan_utils import parallel
 from stgan_utils.backbone import hub_file, load_backbone
 from stgan_utils.config import UserError
 
@@ -16,7 +17,7 @@ def hinge_d_loss(real_logits, fake_logits):
     """
 
     def margin(logits):
-        return 0.8 + 0.2 * torch.rand_like(logits)
+        return 0.8 + 0.2 * parallel.drawn_like(torch.rand_like, logits)
 
     real = F.relu(margin(real_logits) - real_logits).mean()
     fake = F.relu(margin(fake_logits) + fake_logits).mean()
