@@ -30,6 +30,8 @@ sys.path.insert(0, str(ROOT / "notebooks"))
 import render_setup
 
 START, BASELINE, STAGE1 = "00_start_here", "01_baseline", "02_stage1_global_gan"
+QUICK = config.resolve("stage1", "quick")
+RELEASED = weights.choose_released(QUICK)
 # In each kernel, before anything else: what was installed in place of the checkout of these tests is not there.
 FORGET = """import pathlib, sys
 sys.meta_path[:] = [each for each in sys.meta_path if not getattr(each, "__module__", "").startswith("__editable__")]
@@ -59,9 +61,14 @@ def repository(folder):
     for name in ("stgan_utils", "notebooks"):
         shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
     (folder / "weights").mkdir()
-    for name in ("weights/stage1-64px.safetensors", "weights_manifest.json", "pyproject.toml", "requirements.txt"):
+    for name in (
+        RELEASED["sources"]["repo"],
+        "weights_manifest.json",
+        "pyproject.toml",
+        "requirements.txt",
+        "README.md",
+    ):
         shutil.copy(ROOT / name, folder / name)
-    shutil.copy(ROOT / "README.md", folder)
     return folder
 
 
@@ -100,10 +107,11 @@ def test_kaggle(place, phantom_dir, monkeypatch):
     # The next notebook is another session: what the earlier ones left is among its inputs.
     shutil.move(working, mounts / "notebooks" / "somebody" / "baseline")
     working.mkdir()
-    said = run(STAGE1, working, weights="auto", ngf=16, quality_images=8)
-    assert f"{BASELINE}: from {mounts}" in said and "**Nothing is trained here: released weights `stage1-64px`" in said
+    said = run(STAGE1, working, weights="auto", size=QUICK.size, ngf=QUICK.ngf, quality_images=8)
+    assert f"{BASELINE}: from {mounts}" in said
+    assert f"**Nothing is trained here: released weights `{RELEASED['name']}`" in said
     done = runs.result(working / "runs" / "demo", STAGE1)
-    assert weights.entry("stage1-64px")["sha256"] in {model["sha256"] for model in done["models"]}
+    assert RELEASED["sha256"] in {model["sha256"] for model in done["models"]}
     assert done["data"] == str(images)
 
 
@@ -158,7 +166,7 @@ def install(place, monkeypatch):
     cell = first_cell().replace(published, clone.as_uri())
     ran = execute(f"{cell}\nfrom stgan_utils import places; print(places.repository())", place / "content", options)
     assert {path.name.split("-")[0] for path in site.iterdir()} == {"stgan_utils"}, ran.stderr
-    for name in ("weights_manifest.json", "weights/stage1-64px.safetensors", f"notebooks/{START}.ipynb"):
+    for name in ("weights_manifest.json", RELEASED["sources"]["repo"], f"notebooks/{START}.ipynb"):
         assert Path(ran.stdout.strip(), name).is_relative_to(prefix) and Path(ran.stdout.strip(), name).exists()
 
 
