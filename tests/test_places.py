@@ -12,6 +12,7 @@ import threading
 import time
 from pathlib import Path
 
+import matplotlib
 import nbformat
 import papermill
 import psutil
@@ -49,6 +50,7 @@ def place(tmp_path, monkeypatch):
     for name in ("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY"):
         monkeypatch.setenv(name, "http://127.0.0.1:9")  # nobody listens
     monkeypatch.setenv("no_proxy", "")
+    monkeypatch.setenv("MPLCONFIGDIR", matplotlib.get_cachedir())  # looking for fonts anew costs seconds
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     monkeypatch.setenv("STGAN_ROOT", str(tmp_path))
     monkeypatch.setenv("PYTHONPATH", str(tmp_path / "python"))
