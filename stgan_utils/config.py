@@ -292,7 +292,7 @@ PROFILES = {
             "sample_every": 50,
             "evaluate_every": 50,
             "generate": 400,
-            "ablation_iterations": 150,
+            "ablation_iterations": 100,
         },
     },
     # The prior system's settings (PRIOR figures in docs), sized for Kaggle's T4 × 2 or L4.

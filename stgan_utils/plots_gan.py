@@ -8,31 +8,32 @@ from stgan_utils.plots import COLOURS
 
 
 def excitation(taken, title):
-    """From the coarse map to the gates to one channel of the fine map, a row an image.
+    """From the coarse map to the gates to one channel of the fine map, for two images.
 
-    Shown is the channel that the images gate most differently. Maps are red above 0, blue below; before and after the
-    gate share one scale, so that a closed gate makes the map pale.
+    Of all channels the one is shown whose gate varies most, and of all images the two at its ends. Maps are red above
+    0, blue below; before and after the gate share one scale, so that a gate makes the map paler.
 
     Args:
-        taken: `anatomy.Excitation` of a few images.
+        taken: `anatomy.Excitation` of two images or more.
     """
     channel = np.ptp(taken.gates, axis=0).argmax()
-    before, after = taken.before[:, channel], taken.after[:, channel]
-    coarse = np.abs(taken.coarse).mean(1)
-    most = np.percentile(np.abs(before), 99)
-    signed = {"cmap": "RdBu_r", "vmin": -most, "vmax": most}
+    of_channel = taken.gates[:, channel]
+    shown = [of_channel.argmin(), of_channel.argmax()]
+    coarse = np.abs(taken.coarse[shown]).mean(1)
+    fine = {"before": taken.before[shown, channel], "after": taken.after[shown, channel]}
+    most = np.percentile(np.abs(fine["before"]), 99)
     colours = [COLOURS[1] if k == channel else "0.6" for k in range(taken.gates.shape[1])]
-    fig = Figure(figsize=(10, 1.9 * len(coarse) + 0.5), layout="constrained")
-    axes = fig.subplots(len(coarse), 5, squeeze=False, width_ratios=(1, 1, 2.4, 1, 1))
-    for i, (picture, small, bars, *fine) in enumerate(axes):
-        bars.bar(range(len(colours)), taken.gates[i], color=colours, width=1)
+    fig = Figure(figsize=(10, 4.3), layout="constrained")
+    axes = fig.subplots(2, 5, width_ratios=(1, 1, 2.4, 1, 1))
+    for i, (picture, small, bars, *maps) in enumerate(axes):
+        bars.bar(range(len(colours)), taken.gates[shown[i]], color=colours, width=1)
         bars.set(ylim=(0, 1), xticks=[channel])
-        picture.imshow(taken.pictures[i])
+        picture.imshow(taken.pictures[shown[i]])
         small.imshow(coarse[i], vmin=coarse.min(), vmax=coarse.max())
-        fine[0].imshow(before[i], **signed)
-        fine[1].imshow(after[i], **signed)
-        fine[1].set_xlabel(f"× {taken.gates[i, channel]:.2f}", fontsize=9)
-        for ax in (picture, small, *fine):
+        for ax, values in zip(maps, fine.values(), strict=True):
+            ax.imshow(values[i], cmap="RdBu_r", vmin=-most, vmax=most)
+        maps[1].set_xlabel(f"× {of_channel[shown[i]]:.2f}", fontsize=9)
+        for ax in (picture, small, *maps):
             ax.set(xticks=[], yticks=[])
     heads = ("picture", "coarse map, 4 px\n(mean strength)", "gates, one a channel of the fine map")
     heads += (f"fine map, 64 px,\nchannel {channel}, before", "after its gate")

@@ -87,13 +87,15 @@ def test_rows_of_images_have_their_names_and_real_ones_are_spread_over_all():
     assert fig.get_suptitle() == "DF, n = 50 real and 9 generated"
 
 
-def test_excitation_shows_the_channel_whose_gates_differ_most(tmp_path):
-    gates = np.array([[0.5, 0.25, 0.6], [0.5, 0.75, 0.7]], np.float32)
-    before = np.ones((2, 3, 64, 64), np.float32) * np.array([1, -2, 3], np.float32)[:, None, None]
-    pictures, coarse = np.zeros((2, 64, 64, 3), np.uint8), np.ones((2, 5, 4, 4), np.float32)
-    fig = plots_gan.excitation(Excitation(pictures, coarse, gates, before, before * gates[:, :, None, None]), "x")
+def test_excitation_shows_the_channel_whose_gate_varies_most_and_the_images_at_its_ends(tmp_path):
+    gates = np.array([[0.5, 0.5, 0.6], [0.5, 0.75, 0.7], [0.6, 0.25, 0.6]], np.float32)
+    before = np.ones((3, 3, 64, 64), np.float32) * np.array([1, -2, 3], np.float32)[:, None, None]
+    pictures = np.zeros((3, 64, 64, 3), np.uint8) + np.arange(3, dtype=np.uint8)[:, None, None, None]
+    taken = Excitation(pictures, np.ones((3, 5, 4, 4), np.float32), gates, before, before * gates[:, :, None, None])
+    fig = plots_gan.excitation(taken, "x")
     fig.savefig(tmp_path / "a.png")
     assert "channel 1" in fig.axes[3].get_title()
+    assert [fig.axes[i].images[0].get_array().max() for i in (0, 5)] == [2, 1]
     assert [fig.axes[i].get_xlabel() for i in (4, 9)] == ["× 0.25", "× 0.75"]
     assert [fig.axes[i].images[0].get_array().mean() for i in (3, 4, 8, 9)] == [-2, -0.5, -2, -1.5]
 

@@ -171,11 +171,13 @@ def test_auto_trains_where_nothing_released_fits_and_says_so(smoke, started):
 
 
 def test_released_weights_stand_in_for_training(started):
-    quick = (config.resolve("stage1", "quick"), config.resolve("stage2", "quick", {"lesion": "DF"}))
-    released = [weights.choose_released(settings) for settings in quick]
+    quick = {"stage1": config.resolve("stage1", "quick"), "stage2": config.resolve("stage2", "quick", {"lesion": "DF"})}
+    released = [weights.choose_released(settings) for settings in quick.values()]
     if not all(released):
         pytest.skip("no weights of the quick profile are released")
     words = ["--data", "phantom", "--profile", "smoke", "--out", started, "-p", "ngf", "16", "-p", "weights", "auto"]
+    for kind, settings in quick.items():
+        words += ["-p", f"{kind}.size", settings.size]
     for asset, step in zip(released, ("02_stage1_global_gan", "03_stage2_DF"), strict=True):
         ran = command("stgan_utils", "run", *words, "--only", step)
         assert ran.returncode == 0, ran.stderr
