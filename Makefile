@@ -24,8 +24,9 @@ lint: $(VENV)/installed-dev
 bench: $(VENV)/installed
 	for script in $(filter-out benchmarks/common.py,$(wildcard benchmarks/*.py)); do $(PYTHON) $$script || exit 1; done
 
-# The six class notebooks from their template.
+# Setup cell and badges of every notebook, then the six class notebooks from their template.
 notebooks:
+	python3 notebooks/render_setup.py
 	python3 notebooks/render_classes.py
 
 $(VENV)/installed: requirements.txt pyproject.toml | $(PYTHON)

@@ -37,11 +37,12 @@ def run(profile, jobs, only, folder):
 def steps(run_dir):
     """Markdown table of what the steps left in `run_dir`: seconds from a notebook's start to its end, and of its parts.
 
-    The kernel's start ends with the first cell; work is what `result.json` says, from the opening of the step, when
-    everything heavy has been imported, to its end; the rest is imports, and the kernel's end.
+    The kernel's start ends with the first cell. `result.json` tells the seconds from the opening of the step, when
+    everything heavy has been imported, to its end; cells that call `stgan_utils.data` are its data, the others its
+    work. The rest is imports, and the kernel's end.
     """
-    lines = ["| step | kernel start | imports | work | all |", "|---|---|---|---|---|"]
-    sums = [0.0] * 4
+    lines = ["| step | kernel start | imports | data | work | all |", "|---|---|---|---|---|---|"]
+    sums = [0.0] * 5
     for step in STEPS:
         finished = result(run_dir, step.name)
         if finished is None:
@@ -50,8 +51,10 @@ def steps(run_dir):
         whole = notebook["metadata"]["papermill"]
         first = min(cell["metadata"]["papermill"]["start_time"] for cell in notebook["cells"])
         start = (datetime.fromisoformat(first) - datetime.fromisoformat(whole["start_time"])).total_seconds()
-        work = finished["seconds"]
-        parts = start, whole["duration"] - start - work, work, whole["duration"]
+        opened = finished["seconds"]
+        cells = [cell for cell in notebook["cells"] if cell["cell_type"] == "code"]
+        data = sum(c["metadata"]["papermill"]["duration"] for c in cells if "datasets." in "".join(c["source"]))
+        parts = start, whole["duration"] - start - opened, data, opened - data, whole["duration"]
         sums = [total + part for total, part in zip(sums, parts, strict=True)]
         lines.append(f"| {step.name} | " + " | ".join(f"{part:.1f} s" for part in parts) + " |")
     lines.append("| **all steps** | " + " | ".join(f"**{total:.1f} s**" for total in sums) + " |")

@@ -69,8 +69,11 @@ def reference(args):
     return step
 
 
-def ours(args, plain=False):
-    """One step of `GanTrainer` as a function without arguments; `plain` undoes what makes it fast."""
+def ours(args, exact=False, plain=False):
+    """One step of `GanTrainer` as a function without arguments.
+
+    `exact` computes in float32 throughout; `plain` undoes the rest of what makes it fast as well.
+    """
     import torch
 
     from stgan_utils import device, losses, trainer
@@ -79,9 +82,10 @@ def ours(args, plain=False):
 
     random_lpips()
     losses.load_backbone = lambda required: load_backbone("none")
+    if exact or plain:
+        device.precision = lambda *_: torch.float32
     if plain:
         device.keep_memory = lambda: None
-        device.precision = lambda _: torch.float32
         torch.channels_last = torch.contiguous_format
     settings = Stage1Settings(size=args.size, ngf=args.ngf, batch_size=args.batch, perceptual=args.perceptual)
     shape = 4 * args.batch, args.size, args.size, 3
@@ -89,7 +93,12 @@ def ours(args, plain=False):
     return trainer.GanTrainer(settings, images, Path("never written")).step
 
 
-PROGRAMS = {"reference": reference, "plain": functools.partial(ours, plain=True), "ours": ours}
+PROGRAMS = {
+    "reference": reference,
+    "plain": functools.partial(ours, plain=True),
+    "exact": functools.partial(ours, exact=True),
+    "ours": ours,
+}
 
 
 def work(connection, program, args):
@@ -153,10 +162,17 @@ def take_turns(programs, repeats):
 
 
 def side_by_side(args):
-    """Markdown table: the old step, ours with the same perceptual network, and ours with the profile's own."""
+    """Markdown table: the old step, ours with the same perceptual network, and ours with our default one."""
+    import torch
+
+    from stgan_utils import device
+
     old = ("the public code", "reference") if args.reference else ("ours, done plainly", "plain")
     same = argparse.Namespace(**{**vars(args), "perceptual": "vgg"})
-    rows = [(f"{old[0]} (vgg)", old[1], same), ("same mathematics (vgg)", "ours", same)]
+    rows = [(f"{old[0]} (vgg)", old[1], same), ("same mathematics (vgg), float32", "exact", same)]
+    precision = device.precision(device.pick(), args.ngf)
+    if precision is not torch.float32:
+        rows.append((f"same mathematics (vgg), {precision}", "ours", same))
     if args.perceptual != "vgg":
         rows.append((f"our defaults ({args.perceptual})", "ours", args))
     found = take_turns([row[1:] for row in rows], args.repeats)
@@ -197,14 +213,14 @@ def growth(args):
 
 def main():
     from stgan_utils import device
-    from stgan_utils.config import PERCEPTUAL, SIZES, resolve
+    from stgan_utils.config import PERCEPTUAL, SIZES, Stage1Settings
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--reference", metavar="DIR", help="a clone of FastGAN's public code (256 or 512 px only)")
     parser.add_argument("--size", type=int, choices=SIZES, default=256, help="side in pixels (default 256)")
     parser.add_argument("--batch", type=int, default=8, help="images a step (default 8)")
     parser.add_argument("--ngf", type=int, default=64, help="width of the networks (default 64)")
-    parser.add_argument("--perceptual", choices=PERCEPTUAL, default=resolve("stage1", "kaggle").perceptual)
+    parser.add_argument("--perceptual", choices=PERCEPTUAL, default=Stage1Settings.perceptual)
     parser.add_argument("--repeats", type=int, default=5, help="timed steps of each program (default 5)")
     parser.add_argument("--threads", type=int, default=0, help="threads of the CPU (default: torch's choice)")
     parser.add_argument("--growth", type=int, choices=SIZES, nargs="*", default=SIZES, help="sizes (default: all)")

@@ -10,7 +10,7 @@ from typing import Annotated
 
 import typer
 
-from stgan_utils import engine, pipeline, runs
+from stgan_utils import engine, pipeline, places, runs
 from stgan_utils.config import PROFILES, UserError
 
 app = typer.Typer(
@@ -51,7 +51,9 @@ KaggleStep = Annotated[str, typer.Argument(metavar="[STEP|all]", help="Such as 0
 
 @app.command()
 def run(
-    data: Annotated[str, typer.Option(help="A dataset's folder, or 'phantom' for the embedded one.")] = runs.PHANTOM,
+    data: Annotated[
+        str, typer.Option(help="A dataset's folder, 'phantom' (the embedded one) or 'auto' (what Kaggle or Colab has).")
+    ] = runs.PHANTOM,
     profile: Annotated[str, typer.Option(help=f"One of {', '.join(PROFILES)}.")] = "demo",
     out: Annotated[Path, typer.Option(help="The run folder; a run that was cut off goes on from it.")] = Path(
         "runs/demo"
@@ -160,7 +162,7 @@ def refit_arm(name: Annotated[str, typer.Argument(help="A trained arm without ge
 def push_to_kaggle(
     run_dir: KaggleRun,
     step: KaggleStep = "all",
-    dataset: Annotated[str, typer.Option(help="The images on Kaggle.")] = "kmader/skin-cancer-mnist-ham10000",
+    dataset: Annotated[str, typer.Option(help="The images on Kaggle.")] = places.HAM10000,
     profile: Annotated[str, typer.Option(help=f"One of {', '.join(PROFILES)}.")] = "kaggle",
     package: Annotated[str | None, typer.Option(help="OWNER/NAME of a data set that holds this package.")] = None,
     internet: Annotated[bool, typer.Option(help="What the kernels may use; --package is for those without.")] = True,

@@ -4,14 +4,18 @@ S. Zhao et al., "Differentiable Augmentation for Data-Efficient GAN Training", N
 operation is differentiable, so that the generator learns through it, and draws one number an image and change.
 """
 
+from functools import partial
+
 import torch
 
+from stgan_utils import parallel
 from stgan_utils.config import UserError
 
 
 def color(images):
     """Brightness ± 0.5, saturation × 0 … 2, contrast × 0.5 … 1.5, in that order."""
-    brightness, saturation, contrast = images.new_empty(3, len(images), 1, 1, 1).uniform_().unbind()
+    numbers = parallel.drawn(torch.rand, (3, len(images), 1, 1, 1), dim=1, dtype=images.dtype, device=images.device)
+    brightness, saturation, contrast = numbers.unbind()
     images = images + (brightness - 0.5)
     grey = images.mean(1, keepdim=True)
     images = grey + (images - grey) * (saturation * 2)
@@ -23,8 +27,11 @@ def translation(images, ratio=0.125):
     """Shift by up to `ratio` of the side in both directions; what comes in from outside is 0."""
     count, _, height, width = images.shape
     device = images.device
-    down = torch.randint(-int(height * ratio), int(height * ratio) + 1, (count, 1), device=device)
-    right = torch.randint(-int(width * ratio), int(width * ratio) + 1, (count, 1), device=device)
+
+    def shift(most):
+        return parallel.drawn(partial(torch.randint, -most, most + 1), (count, 1), device=device)
+
+    down, right = shift(int(height * ratio)), shift(int(width * ratio))
     rows = torch.arange(height, device=device) + down
     columns = torch.arange(width, device=device) + right
     inside = ((rows >= 0) & (rows < height))[:, :, None] & ((columns >= 0) & (columns < width))[:, None, :]

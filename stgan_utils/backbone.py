@@ -4,6 +4,7 @@ Files of weights differ in how they want their input scaled. Which one a file is
 place: the prior system trained on [-1, 1] and scored on [0, 1], and nothing complained.
 """
 
+import contextlib
 import functools
 import os
 import re
@@ -15,6 +16,7 @@ import torch
 from torch import nn
 from torchvision.models import MobileNet_V2_Weights, mobilenet_v2
 
+from stgan_utils import places
 from stgan_utils.config import UserError
 from stgan_utils.files import sha256
 
@@ -98,7 +100,8 @@ def load_backbone(pretrained="auto", required=False):
                 f"{VARIABLE} name that file."
             )
         name = "MobileNetV2 (random weights)"
-        print(f"Backbone: {name}")
+        why = f"; no pretrained ones are here and no internet: {places.advice('internet')} {Path(_URL).name}"
+        print(f"Backbone: {name}{why if pretrained == 'auto' else ''}")
         return Backbone(mobilenet_v2(weights=None).features, IMAGENET_SCALING, name, None)
 
     print(f"Backbone: {source.name}, {source.path}")
@@ -114,16 +117,22 @@ def load_backbone(pretrained="auto", required=False):
 def hub_file(url):
     """The file of a torchvision-style URL (its hash is in its name) in torch's cache.
 
-    Downloaded where it is not there, with a short wait for an answer; None where it cannot be had.
+    Where it is not there, it is linked from Kaggle's mounts, or downloaded with a short wait for an answer; None where
+    it cannot be had.
     """
     path = Path(torch.hub.get_dir()) / "checkpoints" / Path(url).name
     if path.is_file():
         return path
+    digest = re.search(r"-([0-9a-f]{8,})\.", path.name)
     before = socket.getdefaulttimeout()
     socket.setdefaulttimeout(5)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        digest = re.search(r"-([0-9a-f]{8,})\.", path.name)
+        for file in places.mounted(path.name):
+            if digest and sha256(file).startswith(digest[1]):
+                with contextlib.suppress(FileExistsError):  # another process was faster
+                    path.symlink_to(file)
+                return path
         torch.hub.download_url_to_file(url, str(path), hash_prefix=digest and digest[1], progress=False)
     except (OSError, RuntimeError):  # no network, no room; a download with another hash
         return None

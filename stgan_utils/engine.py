@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from multiprocessing import active_children, connection, get_context, parent_process
 from pathlib import Path
 
+from stgan_utils import places
 from stgan_utils.config import UserError
 from stgan_utils.runs import Unfinished
 
@@ -109,7 +110,7 @@ class Processes:
 
     def submit(self, task):
         self.say(task, "started")
-        return self.call({"OMP_NUM_THREADS": threads(task, _cores(), self.room)}, task.work, task.arguments)
+        return self.call({"OMP_NUM_THREADS": threads(task, places.cores(), self.room)}, task.work, task.arguments)
 
     def call(self, environment, work, arguments):
         """As `submit`, with the environment variables that the work is to see."""
@@ -137,10 +138,6 @@ def threads(task, cores, jobs):
     come one by one. The variable OMP_NUM_THREADS goes before.
     """
     return os.environ.get("OMP_NUM_THREADS") or str(max(1, cores // min(jobs, task.peers)))
-
-
-def _cores():
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 
 
 def _timed(environment, work, arguments):

@@ -16,6 +16,7 @@ from torch import nn
 from torch.nn import functional as F
 from torch.nn.utils import spectral_norm
 
+from stgan_utils import parallel
 from stgan_utils.config import SIZES, UserError
 
 # Channels at each side in pixels, as multiples of the network's width.
@@ -78,7 +79,7 @@ class NoiseInjection(nn.Module):
         batch, _, height, width = features.shape
         noise = self.noise
         if noise is None:
-            noise = torch.randn(batch, 1, height, width, device=features.device)
+            noise = parallel.drawn(torch.randn, (batch, 1, height, width), device=features.device)
         return features + self.weight * noise.to(features.dtype)
 
 

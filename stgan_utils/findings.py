@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from stgan_utils import data, evaluation, finetune, gradcam, plots
+from stgan_utils import data, evaluation, finetune, gradcam, plots, runs
 from stgan_utils.arms import ARMS, COMPARED, REAL_ONLY, SHARES, real_table, require
 from stgan_utils.classifier import Classifier
 from stgan_utils.config import UserError
@@ -86,8 +86,7 @@ def write_comparison(run_dir):
         table.to_csv(temporary, index=False)
     with atomic_path(folder / "arms.md") as temporary:
         temporary.write_text(text + "\n", encoding="utf-8")
-    with atomic_path(folder / "arms.png") as temporary:
-        plots.arms(table, SHARES).savefig(temporary, dpi=130)
+    runs.save_figure(plots.arms(table, SHARES), folder / "arms.png", _data_name(run_dir))
     return text
 
 
@@ -120,8 +119,7 @@ def judge(name, run_dir, bootstrap=1000):
         figures[f"grad_cam_{kind}"] = plots.heatmaps(seen, maps, titles, f"Grad-CAM of the surest {kind}, one a class")
     folder = source / "test"
     for title, figure in figures.items():
-        with atomic_path(folder / f"{title}.png") as temporary:
-            figure.savefig(temporary, dpi=110)
+        runs.save_figure(figure, folder / f"{title}.png", _data_name(run_dir))
     write_json(folder / "result.json", found)
     with atomic_path(folder / "subgroups.csv") as temporary:
         groups.to_csv(temporary, index=False)
@@ -166,6 +164,10 @@ def _filled(images):
     where the filters left less."""
     generated, real = sum(images["generated"].values()), images["real"].values()
     return {"generated": generated, "filled": generated / (len(real) * max(real) - sum(real))}
+
+
+def _data_name(run_dir):
+    return (runs.result(run_dir, runs.START) or {}).get("data_name", "not recorded")
 
 
 def _test_answers(folder):

@@ -1,9 +1,8 @@
 """Steps as Kaggle kernels: push them, ask how they are, bring what they made into a run folder.
 
-A kernel is a step's notebook with its parameters and two cells of ours. `begin_session` unpacks what earlier kernels
-made; `end_session` leaves one archive as the kernel's output, `<step>.zip`, or `<step>.unfinished.zip` where
-`max_minutes` were over. Pushed again, an unfinished step has its own last output among its sources and goes on from it.
-`RUN_DIR/kaggle/<step>/` holds what was pushed last.
+A kernel is a step's notebook with its parameters and two cells of ours (`kaggle_session`), which unpack what earlier
+kernels made and leave one archive as this one's output. Pushed again, an unfinished step has its own last output among
+its sources and goes on from it. `RUN_DIR/kaggle/<step>/` holds what was pushed last.
 """
 
 import contextlib
@@ -17,23 +16,24 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from zipfile import ZipFile
 
-from stgan_utils import download, files, pipeline, runs
+from stgan_utils import download, files, pipeline, places, runs
 from stgan_utils.config import UserError
+from stgan_utils.kaggle_session import UNFINISHED
 
-DATASET = "kmader/skin-cancer-mnist-ham10000"
 MOUNTS, RUN_DIR = "/kaggle/input", "/kaggle/working/run"
 MAX_MINUTES = 500  # sessions end at 9 to 12 hours, and what they had written is then lost
 GPU_KINDS = ("baseline", "stage1", "stage2", "classifier")
 ACCELERATOR = "NvidiaTeslaT4"  # Kaggle's name for T4 × 2; without one it may choose a GPU that torch has dropped
 TITLE_LENGTH = 50  # Kaggle answers a longer one with "internal server error"
-UNFINISHED = ".unfinished"
-BEGIN = """from stgan_utils import kaggle_kernels
+BEGIN = """from stgan_utils import kaggle_session
 
-data = kaggle_kernels.begin_session({step!r}, data, run_dir, {mounts!r})"""
-END = "kaggle_kernels.end_session({step!r}, run_dir)"
+data = kaggle_session.begin_session({step!r}, data, run_dir, {mounts!r})"""
+END = "kaggle_session.end_session({step!r}, run_dir)"
 
 
-def push(wanted, run_dir, dataset=DATASET, profile="kaggle", package=None, internet=True, params=None, dry_run=False):
+def push(
+    wanted, run_dir, dataset=places.HAM10000, profile="kaggle", package=None, internet=True, params=None, dry_run=False
+):
     """Sends steps to Kaggle, where they run, and prints a line for each.
 
     Args:
@@ -130,63 +130,6 @@ def pull(wanted, run_dir, data):
             print(f"{step.name}: {state}")
         else:
             raise UserError(f"{step.name} has left nothing on Kaggle: {state}.")
-
-
-# --- inside the kernel -------------------------------------------------------------------------------------------
-
-
-def begin_session(step, data, run_dir, mounts=MOUNTS):
-    """Unpacks what earlier kernels and this step's last session made; a session that runs out of time ends well.
-
-    A kernel that fails has no output that a later one could use. So `runs.Unfinished` is printed, the checkpoint is
-    packed, and the cells that are left do nothing.
-
-    Args:
-        step: the step's name.
-        data: where the data set should be mounted.
-        run_dir: the run folder, below the folder that Kaggle keeps.
-        mounts: where Kaggle mounts the kernel's sources.
-
-    Returns:
-        Where the data set is mounted.
-    """
-    mounts, run_dir = Path(mounts), Path(run_dir)
-    for depth in (1, 2, 3):  # <kernel>/ or notebooks/<owner>/<kernel>/
-        for archive in sorted(mounts.glob("*/" * depth + "*.zip")):
-            name = archive.stem.removesuffix(UNFINISHED)
-            if any(name == known.name for known in pipeline.STEPS):
-                (run_dir / name).mkdir(parents=True, exist_ok=True)
-                download.unzip(archive, run_dir / name)
-                print(f"{name}: {'goes on' if archive.stem != name else 'unpacked'} from {archive}")
-
-    def stop(shell, kind, error, trace, tb_offset=None):
-        print(error)
-        end_session(step, run_dir)
-        shell.input_transformers_cleanup.append(lambda lines: ["pass\n"])
-
-    def forgive(result):
-        if isinstance(result.error_in_exec, runs.Unfinished):
-            result.error_in_exec = None
-
-    from IPython import get_ipython
-
-    get_ipython().set_custom_exc((runs.Unfinished,), stop)
-    get_ipython().events.register("post_run_cell", forgive)
-    if Path(data).exists():
-        return data
-    return next(map(str, mounts.glob(f"datasets/*/{Path(data).name}")), data)
-
-
-def end_session(step, run_dir):
-    """Packs the step's folder beside the run folder, which is deleted: what earlier kernels made is theirs to keep."""
-    run_dir = Path(run_dir).resolve()
-    folder = run_dir / step
-    ending = "" if (folder / "result.json").exists() else UNFINISHED
-    with files.atomic_path(run_dir.parent / f"{step}{ending}.zip") as temporary, ZipFile(temporary, "w") as archive:
-        archive.comment = str(run_dir).encode()  # paths in tables begin with it
-        for path in sorted(folder.rglob("*")):
-            archive.write(path, path.relative_to(folder))
-    shutil.rmtree(run_dir)
 
 
 # --- to Kaggle ---------------------------------------------------------------------------------------------------

@@ -3,8 +3,10 @@
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torchvision.models import SqueezeNet1_1_Weights, VGG16_Weights
 
-from stgan_utils.backbone import load_backbone
+from stgan_utils import parallel
+from stgan_utils.backbone import hub_file, load_backbone
 from stgan_utils.config import UserError
 
 
@@ -15,7 +17,7 @@ def hinge_d_loss(real_logits, fake_logits):
     """
 
     def margin(logits):
-        return 0.8 + 0.2 * torch.rand_like(logits)
+        return 0.8 + 0.2 * parallel.drawn_like(torch.rand_like, logits)
 
     real = F.relu(margin(real_logits) - real_logits).mean()
     fake = F.relu(margin(fake_logits) + fake_logits).mean()
@@ -112,10 +114,12 @@ class Lpips(FeatureDistance):
         super().__init__()
         import lpips
 
+        url = {"vgg": VGG16_Weights, "squeeze": SqueezeNet1_1_Weights}[net].IMAGENET1K_V1.url
+        hub_file(url)  # it looks in more places than lpips does
         try:
             self.distance = lpips.LPIPS(net=net, verbose=False)
         except (OSError, RuntimeError) as error:  # no network; a download with another hash
-            file = {"vgg": "vgg16-397923af.pth", "squeeze": "squeezenet1_1-b8a52dc0.pth"}[net]
+            file = url.rsplit("/", 1)[1]
             raise UserError(
                 f"The perceptual distance '{net}' needs torchvision's {file}, which could not be downloaded: put it "
                 f"into {torch.hub.get_dir()}/checkpoints/, or set perceptual to 'l1', which needs no file."

@@ -15,12 +15,12 @@ from dataclasses import dataclass, fields
 from functools import partial
 from pathlib import Path
 
-from stgan_utils import engine, files, runs
+from stgan_utils import engine, files, places, runs
 from stgan_utils.config import SETTINGS, UserError, resolve
-from stgan_utils.engine import ROOT, StepFailed
+from stgan_utils.engine import StepFailed
 from stgan_utils.lesions import MINORITY
 
-NOTEBOOKS = ROOT / "notebooks"
+NOTEBOOKS = places.repository() / "notebooks"
 TRAIN = ("baseline", "stage1", "stage2", "classifier")  # the kinds of step that want a GPU
 
 

@@ -3,6 +3,8 @@
 Images are uint8 (N, H, W, 3), RGB. A class has one colour everywhere (`lesions.LESIONS`).
 """
 
+import textwrap
+
 import numpy as np
 import seaborn as sns
 from matplotlib.figure import Figure
@@ -53,17 +55,30 @@ def image_grid(images, titles=None, columns=8, title=""):
     return fig
 
 
-def real_above_generated(real, fake, title):
-    """The first 8 real images above the first 8 generated ones."""
-    fig = Figure(figsize=(9.6, 3.2), layout="constrained")
-    for part, images, name in zip(fig.subfigures(2), (real, fake), ("real", "generated"), strict=True):
-        part.suptitle(name, fontsize=9)
-        for ax, image in zip(part.subplots(1, 8), images[:8], strict=False):
+def image_rows(rows, title):
+    """Pictures in rows, the name of each row before it.
+
+    Args:
+        rows: {name: images}, up to 8 of each are shown; the pictures of different rows may differ in size.
+    """
+    columns = min(8, max(len(images) for images in rows.values()))
+    fig = Figure(figsize=(1.2 * columns + 1.2, 1.25 * len(rows) + 0.4), layout="constrained")
+    for line, (name, images) in zip(fig.subplots(len(rows), columns, squeeze=False), rows.items(), strict=True):
+        line[0].set_ylabel("\n".join(textwrap.wrap(name, 14)), rotation=0, ha="right", va="center", fontsize=9)
+        for ax in line:
+            ax.set(xticks=[], yticks=[])
+            ax.spines[:].set_visible(False)
+        for ax, image in zip(line, images, strict=False):
             ax.imshow(image)
-        for ax in part.axes:
-            ax.axis("off")
-    fig.suptitle(f"{title}, n = {len(real):,} real and {len(fake):,} generated", fontsize=10)
+    fig.suptitle(title, fontsize=10)
     return fig
+
+
+def real_above_generated(real, fake, title):
+    """8 real images, spread evenly over all of them, above the first 8 generated ones."""
+    spread = np.unique(np.linspace(0, len(real) - 1, 8).astype(int))
+    title = f"{title}, n = {len(real):,} real and {len(fake):,} generated"
+    return image_rows({"real": real[spread], "generated": fake}, title)
 
 
 def pairs(images_left, images_right, captions):

@@ -9,6 +9,8 @@ import json
 import math
 import os
 import platform
+import re
+import shutil
 import subprocess
 import time
 from dataclasses import asdict, dataclass, field
@@ -16,14 +18,16 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import stgan_utils
-from stgan_utils import files
+from stgan_utils import files, places
 from stgan_utils.config import UserError
+from stgan_utils.lesions import MINORITY
 
 PHANTOM = "phantom"
+AUTO = "auto"
 PHANTOM_NAME = "phantom — drawn, not photographed"
 START = "00_start_here"
-# How long a session may work has no say in what comes out.
-NOT_COMPARED = ("max_minutes",)
+# How long a session may work, and what is tried out beside the training, have no say in what later steps get.
+NOT_COMPARED = ("max_minutes", "ablation_iterations")
 
 
 class Unfinished(Exception):
@@ -36,9 +40,14 @@ class Unfinished(Exception):
 def identify(data):
     """What tells one dataset from another: "phantom", or the resolved path of a folder or file.
 
+    Args:
+        data: one of these; or "auto": the HAM10000 that `places.dataset` finds on Kaggle or Colab, else "phantom".
+
     Raises:
         UserError: there is nothing at that path.
     """
+    if str(data) == AUTO:
+        data = places.dataset() or PHANTOM
     if str(data) == PHANTOM:
         return PHANTOM
     path = Path(data).expanduser().resolve()
@@ -83,7 +92,8 @@ def check_folder(run_dir, step, settings, data, inputs=None):
     if not begun_with.exists() or not made:  # pictures of what was to be done are no work to lose
         return
     begun = files.read_json(begun_with)
-    there, asked = _compared(begun["settings"]), _compared(settings)
+    # A setting that came later than the folder stood at what is its default now.
+    there, asked = {**_compared(type(settings)()), **_compared(begun["settings"])}, _compared(settings)
     differ = [
         f"{name} {there.get(name)!r} there, {asked.get(name)!r} asked for"
         for name in dict.fromkeys([*there, *asked])
@@ -103,10 +113,13 @@ def check_folder(run_dir, step, settings, data, inputs=None):
 def open_step(step, settings, data, run_dir, profile, needs=()):
     """Begins a step, or goes on with one that was cut off: its folder is there and `settings.json` is in it.
 
+    Says what it found, and in a sentence each what will be missed (`outlook`).
+
     Args:
         step: the notebook's name without `.ipynb`.
         settings: the step's settings, an instance of one of `config.SETTINGS`.
-        data: "phantom", or a folder or file.
+        data: "phantom", a folder or file, or "auto"; see `identify`.
+        run_dir: the run folder; a relative one lies where results outlive the session (`places.results`).
         needs: the earlier steps that this one builds on.
 
     Returns:
@@ -116,23 +129,70 @@ def open_step(step, settings, data, run_dir, profile, needs=()):
         UserError: no such data, an earlier step is missing or was made from other data, or the step's folder belongs
             to a run with other settings.
     """
-    run_dir, data = Path(run_dir).expanduser().resolve(), identify(data)
+    automatic, data = data == AUTO, identify(data)
+    run_dir = (places.results() / Path(run_dir).expanduser()).resolve()
+    for name in (*needs, step):
+        _adopt(name, run_dir)
     for name in needs:
-        if not (run_dir / name / "result.json").exists():
-            raise UserError(f"{name} has not been run in {run_dir}: run notebooks/{name}.ipynb first.")
+        if not result(run_dir, name):
+            raise UserError(
+                f"{name} has not been run in {run_dir}: run notebooks/{name}.ipynb first{places.advice('earlier')}."
+            )
     for name in dict.fromkeys([*needs, START]):
         earlier = result(run_dir, name)
         if step != START and earlier and earlier["data"] != data:
-            raise UserError(
-                f"{run_dir / name} was made from {earlier['data']}, not from {data}: choose another run folder."
-            )
+            way_on = f"not from {data}: choose another run folder"
+            if automatic and data == PHANTOM:
+                way_on = f"which is not here: {places.advice('data')}, or choose another run folder"
+            raise UserError(f"{run_dir / name} was made from {earlier['data']}, {way_on}.")
     inputs = _fingerprints(run_dir, needs)
     check_folder(run_dir, step, settings, data, inputs)
     begun = {"step": step, "settings": asdict(settings), "data": data, "profile": profile, "inputs": inputs}
     files.write_json(run_dir / step / "settings.json", begun)
+    from stgan_utils import outlook  # IPython
+
     opened = OpenStep(step, settings, data, profile, run_dir, inputs)
-    print(f"{step} · data: {opened.data_name} · {opened.device} · {opened.folder}")
+    outlook.introduce(opened, drawn_for_want=automatic and data == PHANTOM)
     return opened
+
+
+def _adopt(step, run_dir):
+    """Copies a step, and what it builds on, that another notebook ran and that Kaggle mounted for this one."""
+    if (run_dir / step).exists():
+        return
+    left = next(places.mounted(f"{run_dir.name}/{step}/settings.json"), None)
+    if left is None:
+        return
+    from stgan_utils.layouts import whole_folder  # pandas
+
+    with whole_folder(run_dir / step) as temporary:
+        shutil.copytree(left.parent, temporary, dirs_exist_ok=True)
+    print(f"{step}: from {left.parent}")
+    for earlier in files.read_json(left)["inputs"]:
+        _adopt(earlier, run_dir)
+
+
+def drawn(text):
+    """What a text says of real images, said of phantom ones; names such as `real-cpu` stay."""
+    return re.sub(r"\b([Rr])eal\b(?!-)", lambda found: "Phantom" if found[1] == "R" else "phantom", text)
+
+
+def save_figure(fig, path, source):
+    """Saves a matplotlib Figure with what it was drawn from below it: `source`, as `OpenStep.data_name`.
+
+    Drawn from phantom images it says so in colour, and none of its texts calls them real.
+    """
+    from matplotlib.text import Text
+
+    look = {"fontsize": 7, "color": "0.4"}
+    if PHANTOM_NAME in source:
+        look = {"fontsize": 8, "color": "#a33c00"}
+        for text in fig.findobj(Text):
+            text.set_text(drawn(text.get_text()))
+    # Below the axes, where `bbox_inches="tight"` makes room for it.
+    fig.text(0.99, -0.01, f"data: {source}", ha="right", va="top", **look)
+    with files.atomic_path(path) as temporary:
+        fig.savefig(temporary, dpi=110, bbox_inches="tight", facecolor="white")
 
 
 @dataclass
@@ -175,26 +235,36 @@ class OpenStep:
         """
         return files.read_json(self.run_dir / name / "result.json")
 
+    @property
+    def made_by(self):
+        """Whose weights made this run's generated images, for figures that show them; None: its own."""
+        steps = (result(self.run_dir, f"03_stage2_{code}") or {} for code in MINORITY)
+        released = [step["numbers"]["released"] for step in steps if "released" in step.get("numbers", {})]
+        return f"generated: released weights {', '.join(released)}" if released else None
+
     def figure(self, fig, name, caption, data_name=None):
-        """Saves a matplotlib Figure as `figures/<name>.png` with the data's name below it, and shows it.
+        """Saves a matplotlib Figure as `figures/<name>.png`, as `save_figure` does, and shows it.
 
         Args:
-            data_name: what it was drawn from, where that is not this run's data.
+            data_name: what it was drawn from, where that is not this run's data alone.
         """
         from IPython.display import Image, display
 
-        # Below the axes, where `bbox_inches="tight"` makes room for it.
-        fig.text(0.99, -0.01, f"data: {data_name or self.data_name}", ha="right", va="top", fontsize=7, color="0.4")
+        source = data_name or self.data_name
         path = self.folder / "figures" / f"{name}.png"
-        with files.atomic_path(path) as temporary:
-            fig.savefig(temporary, dpi=110, bbox_inches="tight", facecolor="white")
+        save_figure(fig, path, source)
+        caption = drawn(caption) if PHANTOM_NAME in source else caption
         self.figures.append({"file": str(path.relative_to(self.folder)), "caption": caption})
         display(Image(filename=str(path)))
 
     def table(self, table, title):
-        """Remembers a DataFrame for the report, its index too where that has a name, and shows it."""
+        """Remembers a DataFrame for the report, its index too where that has a name, and shows it.
+
+        The title calls phantom images what they are, as in `figure`.
+        """
         from IPython.display import display
 
+        title = drawn(title) if self.data == PHANTOM else title
         display(table)
         flat = table.reset_index() if table.index.names != [None] else table
         rows = [list(row) for row in flat.itertuples(index=False, name=None)]
@@ -212,7 +282,7 @@ class OpenStep:
 
         Args:
             numbers: what was measured, a mapping of anything JSON can hold and NumPy's own numbers; NaN becomes null.
-            learnt: one sentence for the report.
+            learnt: one sentence for the report; it calls phantom images what they are, as in `figure`.
 
         Returns:
             What was written, as a dict.
@@ -234,7 +304,7 @@ class OpenStep:
                 "figures": self.figures,
                 "tables": self.tables,
                 "models": self.models,
-                "learnt": learnt,
+                "learnt": drawn(learnt) if self.data == PHANTOM else learnt,
             }
         )
         files.write_json(self.folder / "result.json", values)

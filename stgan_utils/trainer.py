@@ -4,9 +4,11 @@ A run lives in a folder: `checkpoint.safetensors` (everything that the run needs
 `quality.csv` (distance to real images), `samples/` (the same latents each time), `best.safetensors` (the averaged
 generator where KID was lowest) and `generator.safetensors` (the averaged generator at the end). A killed run continues
 from its checkpoint and ends, on a CPU, bit-identical to one never killed: every random number comes from a stream that
-the checkpoint keeps, and nothing depends on when the clock was read.
+the checkpoint keeps, and nothing depends on when the clock was read. Several processes may share a run (`parallel.py`);
+the main one writes the files, which do not tell how many there were.
 """
 
+import math
 import time
 from dataclasses import asdict
 
@@ -17,7 +19,7 @@ from PIL import Image
 from torch.nn import functional as F
 from tqdm.auto import tqdm
 
-from stgan_utils import checkpoints, generation
+from stgan_utils import checkpoints, generation, parallel
 from stgan_utils import device as devices
 from stgan_utils.augment import diff_augment
 from stgan_utils.config import UserError
@@ -32,7 +34,7 @@ SAMPLE_SEED = 1234  # of the sample grid and of evaluation: the same latents eac
 GRID = 8  # samples a row and rows of a grid
 
 # Settings that may change between two sessions of one run without changing what is trained.
-FREE_SETTINGS = ("iterations", "max_minutes", "checkpoint_every", "sample_every")
+FREE_SETTINGS = ("iterations", "max_minutes", "checkpoint_every", "sample_every", "ablation_iterations")
 
 
 def samples(generator):
@@ -48,6 +50,8 @@ def _finite(module):
 class GanTrainer:
     """State and one iteration of a GAN training; `run` is the loop.
 
+    In a script that `accelerate launch` started, it joins the other processes and takes its share of each batch.
+
     Args:
         settings: `Stage1Settings` or `Stage2Settings`.
         images: (N, S, S, 3) uint8, all of them used for training; may be memory-mapped.
@@ -57,7 +61,8 @@ class GanTrainer:
         on_sample: called with (iteration, grid (H, W, 3) uint8) whenever a grid is drawn.
 
     Raises:
-        UserError: fewer images than a batch, images of another size, a checkpoint of other settings.
+        UserError: fewer images than a batch, images of another size, a checkpoint of other settings, a batch that the
+            processes cannot share equally.
     """
 
     def __init__(self, settings, images, folder, start=None, evaluate=None, on_sample=None):
@@ -68,6 +73,8 @@ class GanTrainer:
             )
         if images.shape[1:] != (settings.size, settings.size, 3):
             raise UserError(f"The images are {images.shape[1]} px, the settings ask for {settings.size} px.")
+        parallel.join()
+        parallel.check_batch(settings.batch_size, parallel.size())
         self.settings, self.folder = settings, folder
         self.evaluate, self.on_sample = evaluate, on_sample
         self.device = devices.pick()
@@ -99,6 +106,7 @@ class GanTrainer:
         self.barlow = getattr(s, "bt_weight", 0) > 0
         self.projector = Projector(self.discriminator.rf_big[0].in_channels)
         self.perceptual = perceptual_distance(s.perceptual)
+        parallel.synchronise(self.generator, self.discriminator, self.projector)
         # GPUs want channels last; on CPUs the gradients of weights take up to four times as long in it.
         layout = torch.channels_last if self.device.type == "cuda" else torch.contiguous_format
         for module in self._modules().values():
@@ -130,7 +138,7 @@ class GanTrainer:
     def step(self):
         """One iteration: batch, discriminator, generator, average. Returns the losses as tensors on the device."""
         real = self._batch()
-        z = torch.randn(len(real), self.generator.nz, device=self.device)
+        z = parallel.drawn(torch.randn, (len(real), self.generator.nz), device=self.device)
         with devices.autocast(self.device, self.generator.ngf):
             fake = [diff_augment(view, self.settings.augment) for view in self.generator(z, with_small=True)]
         losses = self._discriminator_step(real, fake)
@@ -151,7 +159,7 @@ class GanTrainer:
             if self.barlow:
                 other = diff_augment(real, s.augment)
                 embed = [self.projector(j.last.mean((2, 3))) for j in (judged, self._judge(other, small_view(other)))]
-                on_diag, off_diag = barlow_twins(*embed)
+                on_diag, off_diag = barlow_twins(*map(parallel.gathered, embed))
                 weighted = self._ramp() * (on_diag + BARLOW_LAMBDA * off_diag)
                 total = total + weighted
                 losses |= {"bt_on_diag": on_diag, "bt_off_diag": off_diag, "bt_weighted": weighted}
@@ -173,7 +181,7 @@ class GanTrainer:
     def _judge(self, images, small):
         sigma = self._noise()
         if sigma > 0:
-            images, small = (view + sigma * torch.randn_like(view) for view in (images, small))
+            images, small = (view + sigma * parallel.drawn_like(torch.randn_like, view) for view in (images, small))
         return self.discriminator(images, small)
 
     def _reconstruction(self, real, judged):
@@ -191,6 +199,7 @@ class GanTrainer:
     def _descend(self, optimizer, loss):
         optimizer.zero_grad(set_to_none=True)
         self.scaler.scale(loss).backward()
+        parallel.average(p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None)
         self.scaler.step(optimizer)
         self.scaler.update()
 
@@ -207,17 +216,17 @@ class GanTrainer:
             averaged[name].copy_(live[name])
 
     def _batch(self):
-        """The iteration's real images, (B, 3, S, S) in [-1, 1], half of them mirrored.
+        """The iteration's real images, this process's share of them: (B, 3, S, S) in [-1, 1], half of them mirrored.
 
         Every image comes once an epoch, in an order that depends on seed and epoch alone.
         """
         size, count = self.settings.batch_size, len(self.images)
         picked = []
-        for position in range(self.iteration * size, (self.iteration + 1) * size):
+        for position in parallel.own(range(self.iteration * size, (self.iteration + 1) * size)):
             picked.append(self._order(position // count)[position % count])
         batch = self.images[torch.stack(picked).to(self.images.device)].permute(0, 3, 1, 2)
         batch = batch.to(self.device).float() / 127.5 - 1
-        mirrored = torch.rand(size, device=self.device) < 0.5
+        mirrored = parallel.drawn(torch.rand, (len(batch),), device=self.device) < 0.5
         return torch.where(mirrored[:, None, None, None], batch.flip(3), batch)
 
     def _order(self, epoch):
@@ -240,18 +249,19 @@ class GanTrainer:
         """Train to the end.
 
         Returns:
-            (history, quality): DataFrames of losses and of distances to real images.
+            (history, quality): DataFrames of losses and of distances to real images; the latter in the main process.
 
         Raises:
             Unfinished: `max_minutes` are over; the checkpoint is written, the same call goes on.
             UserError: a loss is no longer a number; the last good checkpoint is named.
         """
-        s = self.settings
-        began = time.monotonic()
+        s, main = self.settings, parallel.is_main()
+        end = math.inf if s.max_minutes is None else time.monotonic() + 60 * s.max_minutes
         pending = []
-        if self.iteration == 0:
+        if main and self.iteration == 0:
             self._look(force=True)
-        with tqdm(total=s.iterations, initial=self.iteration, unit="it", mininterval=2) as bar:
+        pace = 2 if parallel.size() == 1 else 30  # seconds; in a notebook, another process's bar is a line each time
+        with tqdm(total=s.iterations, initial=self.iteration, unit="it", mininterval=pace, disable=not main) as bar:
             while self.iteration < s.iterations:
                 pending.append(self.step())
                 bar.update()
@@ -262,20 +272,26 @@ class GanTrainer:
                     self._log(pending, bar)
                     pending = []
                     # The clock is read only here, so that it cuts no row of the history in two.
-                    out_of_time = s.max_minutes is not None and time.monotonic() - began > 60 * s.max_minutes
-                self._look(force=last)
-                if checkpoint or out_of_time:
-                    self.save()
+                    out_of_time = parallel.from_main(time.monotonic() > end)
+                if main:
+                    self._look(force=last)
+                    if checkpoint or out_of_time:
+                        self.save()
                 if out_of_time and not last:
+                    parallel.from_main(None)  # it has written: whoever ends first may take the others along
                     raise Unfinished(
                         f"Stopped at iteration {self.iteration} of {s.iterations} after {s.max_minutes:g} minutes; "
                         "run the same command again to go on."
                     )
-        checkpoints.save_generator(self.folder / "generator.safetensors", self.ema, self._header())
+        if main:
+            checkpoints.save_generator(self.folder / "generator.safetensors", self.ema, self._header())
+        parallel.from_main(None)  # its files are complete when any process goes on
         return pd.DataFrame(self.history), pd.DataFrame(self.quality)
 
     def _log(self, pending, bar):
-        mean = {name: float(torch.stack([losses[name].detach() for losses in pending]).mean()) for name in pending[0]}
+        means = {name: torch.stack([losses[name].detach() for losses in pending]).mean() for name in pending[0]}
+        parallel.average(means.values())  # of the whole batch: what is not a number is none in any process
+        mean = {name: float(value) for name, value in means.items()}
         broken = [f"loss {name}" for name, value in mean.items() if not np.isfinite(value)]
         # A finite loss can still have had a gradient that was not: such weights must not reach a checkpoint.
         broken += [f"state of the {name}" for name, module in self._modules().items() if not _finite(module)]
@@ -288,7 +304,8 @@ class GanTrainer:
         self.history.append({"iteration": self.iteration, **mean})
         rate = bar.format_dict["rate"] or 0
         bar.set_postfix(
-            {"images/s": f"{rate * self.settings.batch_size:.0f}", **{k: f"{v:.2f}" for k, v in mean.items()}}
+            {"images/s": f"{rate * self.settings.batch_size:.0f}", **{k: f"{v:.2f}" for k, v in mean.items()}},
+            refresh=False,
         )
 
     def _look(self, force):
@@ -352,11 +369,9 @@ class GanTrainer:
     def _resume(self):
         tensors, header = checkpoints.load(self.checkpoint)
         asked = asdict(self.settings)
-        differ = [
-            name
-            for name, value in asked.items()
-            if name not in FREE_SETTINGS and header.get("settings", {}).get(name) != value
-        ]
+        # A setting that came later than the checkpoint stood at what is its default now.
+        there = asdict(type(self.settings)()) | header.get("settings", {})
+        differ = [name for name, value in asked.items() if name not in FREE_SETTINGS and there.get(name) != value]
         if differ:
             raise UserError(
                 f"{self.checkpoint} was trained with other settings ({', '.join(differ)}): choose another run folder, "

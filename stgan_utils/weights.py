@@ -14,15 +14,15 @@ from pathlib import Path, PurePosixPath
 
 from filelock import FileLock
 
-from stgan_utils import download
+from stgan_utils import download, places
 from stgan_utils.config import UserError
 from stgan_utils.data import cache_folder
 from stgan_utils.files import atomic_path, read_json, sha256, write_json
 from stgan_utils.layouts import whole_folder
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = places.repository()
 MANIFEST = ROOT / "weights_manifest.json"
-KAGGLE_INPUT = Path("/kaggle/input")
+KAGGLE_INPUT = places.KAGGLE_INPUT
 VARIABLE = "STGAN_WEIGHTS"
 
 

@@ -69,6 +69,7 @@ def test_text_and_numbers_become_the_settings_kind(name, value, wanted):
         ("freeze_blocks", -1),
         ("bt_weight", -0.1),
         ("noise_sigma", -0.1),
+        ("ablation_iterations", -1),
     ],
 )
 def test_wrong_value_is_named(name, value):

@@ -21,7 +21,7 @@ import torch
 from conftest import ROOT
 
 from stgan_utils import __main__ as cli
-from stgan_utils import checkpoints, config, data, download, kaggle_kernels, pipeline, runs, trainer
+from stgan_utils import checkpoints, config, data, download, kaggle_kernels, kaggle_session, pipeline, runs, trainer
 from stgan_utils.classifier import Classifier
 from stgan_utils.config import UserError
 
@@ -212,7 +212,7 @@ def baseline(run_dir):
     step = runs.open_step(BASELINE, config.resolve("baseline", "smoke"), str(images), run_dir, "smoke", (START,))
     Classifier({"size": 64, "mean": [0.5] * 3, "std": [0.5] * 3}).save(step.folder / "model.safetensors")
     step.finish({}, "")
-    kaggle_kernels.end_session(BASELINE, run_dir)
+    kaggle_session.end_session(BASELINE, run_dir)
 
 
 # --- what goes wrong ---------------------------------------------------------------------------------------------
@@ -337,7 +337,7 @@ def archive_of_start(tmp_path, images):
     table = data.split_by_lesion(data.load_dataset(images))
     data.save_table(table, step.folder / "table.csv")
     step.finish({}, "")
-    kaggle_kernels.end_session(START, there)
+    kaggle_session.end_session(START, there)
     return (tmp_path / "there" / f"{START}.zip").read_bytes()
 
 

@@ -14,6 +14,7 @@ from stgan_utils import pipeline
 from stgan_utils.config import SETTINGS
 
 PATHS = sorted((ROOT / "notebooks").glob("*.ipynb"))
+GLOSSARY = ROOT / "docs" / "glossary.md"
 STEPS = {step.name: step for step in pipeline.STEPS}
 
 
@@ -31,6 +32,12 @@ def code_cells(nb):
 
 def prose(nb):
     return "\n".join(cell.source for cell in nb.cells if cell.cell_type == "markdown")
+
+
+def anchors(page):
+    """The addresses that GitHub gives a page's headings."""
+    headings = re.findall(r"^#+ (.+)$", page.read_text(encoding="utf-8"), re.MULTILINE)
+    return [re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings]
 
 
 def parameters(nb):
@@ -53,14 +60,72 @@ def test_committed_without_outputs(notebook):
     assert all(cell.outputs == [] and cell.execution_count is None for cell in code_cells(notebook))
 
 
-def test_opens_with_its_question_and_ends_with_what_was_learnt(notebook):
+def test_opens_with_question_answer_figure_and_time_and_ends_with_what_was_learnt(notebook):
     headings = re.findall(r"^# (.+)$", prose(notebook), re.MULTILINE)
     assert len(headings) == 1
     assert headings[0].startswith(notebook.path.stem[:2])
     first, last = notebook.cells[0].source, notebook.cells[-1].source
-    assert "**Question:**" in first and "**In short:**" in first
-    assert "## What we learnt" in last and "**Exercises.**" in last
+    question, answer, figure, time, words = map(
+        first.index, ("**Question:**", "**In short:**", "![", "**Time:**", "**Words:**")
+    )
+    assert question < answer < figure < time < words
+    # On real images where there are figures, which is everywhere.
+    assert "real" in first[answer:figure] and len(first[answer:figure].splitlines()) <= 6
+    assert re.search(r"\*\*Time:\*\* \d+ minutes to read", first)
+    assert "## What we learnt" in last
     assert notebook.path.stem.startswith("07") or "**Next:**" in last
+
+
+def test_two_exercises_each_with_a_hidden_solution(notebook):
+    last = notebook.cells[-1].source
+    pattern = r"\*\*Exercise (\d)\.\*\* (.+?)\n\n<details><summary>Solution</summary>\n\n(.+?)\n</details>(?=\n\n|\n?$)"
+    found = re.findall(pattern, last, re.DOTALL)
+    assert [number for number, _, _ in found] == ["1", "2"]
+    assert last.count("<details>") == last.count("</details>") == 2
+    for _, asked, solution in found:
+        assert asked.strip() and re.search(r"\d", solution)
+        for code in re.findall(r"```python\n(.+?)```", solution, re.DOTALL):
+            ast.parse(code)
+
+
+def test_after_each_training_it_is_said_what_to_see_and_what_else_may_be_seen(notebook):
+    cells = notebook.cells
+    trainings = [i for i, c in enumerate(cells) if re.search(r"\btrain\(|ablation\.run\(", c.source)]
+    trains = notebook.path.stem[:2] in ("01", "02", "03", "05")
+    assert bool([i for i in trainings if cells[i].cell_type == "code"]) == trains
+    for i in trainings:
+        if cells[i].cell_type == "code":
+            said = next(c.source for c in cells[i + 1 :] if "**What you should see:**" in c.source)
+            assert re.search(r"\*\*If you see this\s+instead:\*\*", said)
+
+
+def test_words_lead_to_the_glossary(notebook):
+    line = next(line for line in notebook.cells[0].source.splitlines() if line.startswith("**Words:**"))
+    linked = re.findall(r"\]\(\.\./docs/glossary\.md#([^)]+)\)", prose(notebook))
+    assert len(linked) >= 3 and linked[0] in line
+    assert set(linked) <= set(anchors(GLOSSARY))
+
+
+def test_every_word_of_the_glossary_is_one_notebooks_and_is_used():
+    text = GLOSSARY.read_text(encoding="utf-8")
+    for heading, entry in re.findall(r"^### (.+?)\n(.+?)(?=\n### |\Z)", text, re.MULTILINE | re.DOTALL):
+        (*_, explained) = re.findall(r"\]\(\.\./notebooks/([^)#]+)\)", entry)
+        assert (ROOT / "notebooks" / explained).exists(), heading
+    assert set(re.findall(r"\]\(#([^)]+)\)", text)) <= set(anchors(GLOSSARY))
+    linked = {
+        word for path in PATHS for word in re.findall(r"glossary\.md#([^)\\]+)\)", path.read_text(encoding="utf-8"))
+    }
+    within = set(re.findall(r"\]\(#([^)]+)\)", text))
+    assert set(anchors(GLOSSARY)[1:]) <= linked | within
+
+
+def test_figures_of_the_answers_are_those_of_the_documents(notebook):
+    """What is quoted from runs on real images changes with them: then the notebook has to follow."""
+    pages = [ROOT / "README.md", ROOT / "docs" / "real-run.md", ROOT / "weights" / "README.md"]
+    known = "\n".join(path.read_text(encoding="utf-8") for path in pages)
+    answer = re.search(r"\*\*In short:\*\*.*?\n\n", notebook.cells[0].source, re.DOTALL)[0]
+    quoted = re.findall(r"(?<![\d.])\d\.\d{3}(?!\d)", answer)
+    assert [figure for figure in quoted if figure not in known] == []
 
 
 def test_links_lead_somewhere(notebook):
@@ -72,7 +137,7 @@ def test_parameters_are_those_of_the_settings(notebook):
     step = STEPS[notebook.path.stem.replace(".template", "_DF")]
     given = parameters(notebook)
     assert set(given) == {"data", "run_dir", "profile"} | {field.name for field in fields(SETTINGS[step.kind])}
-    assert given["data"] == "phantom" and given["profile"] == "demo"
+    assert given["data"] == "auto" and given["profile"] == "demo" and given["run_dir"] == "runs/demo"
     # Defaults of settings are the profile's, so that they stand once.
     own = set(given) - {"data", "run_dir", "profile", "lesion"}
     assert all(given[name] is None for name in own)

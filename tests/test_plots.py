@@ -4,7 +4,8 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from stgan_utils import plots
+from stgan_utils import plots, plots_gan
+from stgan_utils.anatomy import Excitation
 from stgan_utils.lesions import CLASSES, LESIONS
 
 UNKNOWN = {"value": None, "low": None, "high": None}
@@ -74,3 +75,36 @@ def test_subgroups_with_few_images_are_pale_and_every_group_has_its_count(tmp_pa
     for line in ax.lines:
         shown[line.get_alpha() < 1] |= {x for x in line.get_xdata() if not np.isnan(x)}
     assert shown == {True: {1.0}, False: {0.5}}
+
+
+def test_rows_of_images_have_their_names_and_real_ones_are_spread_over_all():
+    real = np.zeros((50, 4, 4, 3), np.uint8) + np.arange(50, dtype=np.uint8)[:, None, None, None]
+    fig = plots.real_above_generated(real, real[:9], "DF")
+    above, below = fig.axes[:8], fig.axes[8:]
+    assert [ax.images[0].get_array().max() for ax in above] == [0, 7, 14, 21, 28, 35, 42, 49]
+    assert [ax.images[0].get_array().max() for ax in below] == list(range(8))
+    assert (above[0].get_ylabel(), below[0].get_ylabel()) == ("real", "generated")
+    assert fig.get_suptitle() == "DF, n = 50 real and 9 generated"
+
+
+def test_excitation_shows_the_channel_whose_gate_varies_most_and_the_images_at_its_ends(tmp_path):
+    gates = np.array([[0.5, 0.5, 0.6], [0.5, 0.75, 0.7], [0.6, 0.25, 0.6]], np.float32)
+    before = np.ones((3, 3, 64, 64), np.float32) * np.array([1, -2, 3], np.float32)[:, None, None]
+    pictures = np.zeros((3, 64, 64, 3), np.uint8) + np.arange(3, dtype=np.uint8)[:, None, None, None]
+    taken = Excitation(pictures, np.ones((3, 5, 4, 4), np.float32), gates, before, before * gates[:, :, None, None])
+    fig = plots_gan.excitation(taken, "x")
+    fig.savefig(tmp_path / "a.png")
+    assert "channel 1" in fig.axes[3].get_title()
+    assert [fig.axes[i].images[0].get_array().max() for i in (0, 5)] == [2, 1]
+    assert [fig.axes[i].get_xlabel() for i in (4, 9)] == ["× 0.25", "× 0.75"]
+    assert [fig.axes[i].images[0].get_array().mean() for i in (3, 4, 8, 9)] == [-2, -0.5, -2, -1.5]
+
+
+def test_ablation_has_a_line_for_each_arm_in_each_panel():
+    arms = ("both", "nothing frozen")
+    rows = [(arm, i, i, i - 1, i + 1, 10 * i, n) for n, arm in enumerate(arms) for i in range(3)]
+    curves = pd.DataFrame(rows, columns=["arm", "iteration", "kid", "kid_low", "kid_high", "barlow", "margin"])
+    fig = plots_gan.ablation(curves, "x")
+    assert [text.get_text() for text in fig.legends[0].get_texts()] == list(arms)
+    drawn = [[list(line.get_ydata()) for line in ax.lines] for ax in fig.axes]
+    assert drawn == [[[0, 1, 2]] * 2, [[0, 10, 20]] * 2, [[0, 0, 0], [1, 1, 1]]]

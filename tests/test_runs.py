@@ -7,9 +7,10 @@ import numpy as np
 import pandas as pd
 import pytest
 from matplotlib.figure import Figure
+from matplotlib.text import Text
 
-from stgan_utils import files, runs
-from stgan_utils.config import Stage1Settings, UserError, resolve
+from stgan_utils import files, plots, runs
+from stgan_utils.config import Stage1Settings, Stage2Settings, UserError, resolve
 
 SETTINGS = Stage1Settings(iterations=7)
 
@@ -29,6 +30,8 @@ def open_stage1(run_dir, settings=SETTINGS, data="phantom"):
 def test_fingerprint_ignores_order_and_time_budget_and_nothing_else():
     base = runs.fingerprint("02", SETTINGS, "phantom", {"00": "a", "01": "b"})
     assert base == runs.fingerprint("02", replace(SETTINGS, max_minutes=3), "phantom", {"01": "b", "00": "a"})
+    stage2 = (Stage2Settings(), Stage2Settings(ablation_iterations=60))  # beside the training, not part of it
+    assert len({runs.fingerprint("03", settings, "phantom", {}) for settings in stage2}) == 1
     others = [
         ("03", SETTINGS, "phantom", {"00": "a", "01": "b"}),
         ("02", replace(SETTINGS, nz=255), "phantom", {"00": "a", "01": "b"}),
@@ -74,6 +77,31 @@ def test_result_holds_what_was_collected(run_dir, capsys):
     assert open_stage1(run_dir).earlier(runs.START)["step"] == runs.START
 
 
+@pytest.mark.parametrize("data", ["phantom", "photographed"])
+def test_no_figure_of_phantom_images_calls_them_real(data, run_dir, tmp_path):
+    (tmp_path / "real lesions").mkdir()
+    step = open_stage1(run_dir) if data == "phantom" else None
+    if step is None:
+        step = runs.open_step("02", SETTINGS, tmp_path / "real lesions", tmp_path / "other", "real-cpu")
+    word = "phantom" if data == "phantom" else "real"
+    ours, beside, others = (
+        plots.image_rows({"real": images, "unreal": images}, "Real, profile real-cpu")
+        for images in [np.zeros((3, 8, 8, 3), np.uint8)] * 3
+    )
+    ours.legend(ours.axes[0].plot([0], [0]), ["real lesions"])
+    step.figure(ours, "ours", "Real training images.")
+    step.figure(beside, "beside", "Real ones.", f"real: {step.data_name}; generated: weights")
+    step.figure(others, "others", "Real test images.", "as published: real")
+    texts = [[text.get_text() for text in fig.findobj(Text)] for fig in (ours, beside, others)]
+    assert {word, "unreal", f"{word.capitalize()}, profile real-cpu", f"{word} lesions"} <= set(texts[0])
+    assert f"data: {step.data_name}" in texts[0]
+    assert word in texts[1] and ("real" in texts[1]) == (data != "phantom")
+    assert {"real", "Real, profile real-cpu", "data: as published: real"} <= set(texts[2])
+    captions = [figure["caption"] for figure in step.figures]
+    assert captions == [f"{word.capitalize()} training images.", f"{word.capitalize()} ones.", "Real test images."]
+    assert step.finish({}, "On real lesions.")["learnt"] == f"On {word} lesions."
+
+
 def test_done_only_with_the_same_settings_data_and_inputs(run_dir):
     assert not runs.is_done(run_dir, "02", SETTINGS, "phantom")
     open_stage1(run_dir).finish({}, "")
@@ -99,6 +127,18 @@ def test_a_half_made_step_is_taken_up_with_its_settings_and_refused_with_others(
     files.write_json(run_dir / runs.START / "result.json", start | {"fingerprint": "0" * 16})
     with pytest.raises(UserError, match=f"{runs.START} was made anew"):
         open_stage1(run_dir)
+
+
+def test_a_folder_from_before_a_setting_was_there_stood_at_its_default(run_dir):
+    begun = open_stage1(run_dir).folder / "settings.json"
+    (begun.parent / "work").touch()
+    older = files.read_json(begun)
+    del older["settings"]["weights"]
+    files.write_json(begun, older)
+    assert open_stage1(run_dir).settings.weights == "train"
+    files.write_json(begun, older)
+    with pytest.raises(UserError, match=r"\(weights 'train' there, 'auto' asked for\)"):
+        open_stage1(run_dir, replace(SETTINGS, weights="auto"))
 
 
 def test_missing_step_and_other_data_are_named(run_dir, tmp_path):

@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 import time
+from dataclasses import asdict
 
 import numpy as np
 import pandas as pd
@@ -13,7 +14,7 @@ import pytest
 from conftest import ROOT
 from PIL import Image
 
-from stgan_utils import checkpoints, config, generation, pipeline, runs, weights
+from stgan_utils import ablation, checkpoints, config, generation, pipeline, runs, weights
 from stgan_utils.files import sha256
 from stgan_utils.lesions import CLASSES, MINORITY
 
@@ -64,6 +65,17 @@ def test_stage2_generates_from_its_best_checkpoint_and_any_image_can_be_made_aga
     generator = checkpoints.load_generator(folder / "best.safetensors")
     again = generation.sample(generator, row["seed"], [row["latent_index"]])[0].astype(int)
     assert abs(again - np.asarray(Image.open(folder / row["file"]))).max() <= 1
+
+
+def test_the_ablation_shows_three_arms_and_leaves_the_training_alone(smoke):
+    for code in MINORITY:
+        folder = smoke / f"03_stage2_{code}"
+        curves = pd.DataFrame(runs.result(smoke, folder.name)["numbers"]["ablation"])
+        assert list(curves["arm"].unique()) == list(ablation.ARMS) and curves["iteration"].max() == 1
+        assert curves[["kid", "barlow", "margin"]].notna().all(axis=None)
+        assert [path.name for path in (folder / "ablation").iterdir()] == ["ablation.json"]
+        settings = config.resolve("stage2", "smoke", {"lesion": code})
+        assert checkpoints.read_header(folder / "checkpoint.safetensors")["settings"] == asdict(settings)
 
 
 def test_no_gan_saw_a_validation_or_test_image_and_only_real_ones_judge(smoke):
@@ -159,11 +171,13 @@ def test_auto_trains_where_nothing_released_fits_and_says_so(smoke, started):
 
 
 def test_released_weights_stand_in_for_training(started):
-    quick = (config.resolve("stage1", "quick"), config.resolve("stage2", "quick", {"lesion": "DF"}))
-    released = [weights.choose_released(settings) for settings in quick]
+    quick = {"stage1": config.resolve("stage1", "quick"), "stage2": config.resolve("stage2", "quick", {"lesion": "DF"})}
+    released = [weights.choose_released(settings) for settings in quick.values()]
     if not all(released):
         pytest.skip("no weights of the quick profile are released")
     words = ["--data", "phantom", "--profile", "smoke", "--out", started, "-p", "ngf", "16", "-p", "weights", "auto"]
+    for kind, settings in quick.items():
+        words += ["-p", f"{kind}.size", settings.size]
     for asset, step in zip(released, ("02_stage1_global_gan", "03_stage2_DF"), strict=True):
         ran = command("stgan_utils", "run", *words, "--only", step)
         assert ran.returncode == 0, ran.stderr

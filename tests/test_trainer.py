@@ -375,3 +375,13 @@ def test_checkpoint_of_other_settings(whole):
 def test_too_many_frozen_blocks(tmp_path, whole):
     with pytest.raises(UserError, match="freeze_blocks is 9"):
         stage2(tmp_path, whole, replace(STAGE2, freeze_blocks=9))
+
+
+def test_checkpoint_from_before_a_setting_was_there(tmp_path, whole):
+    folder = shutil.copytree(whole, tmp_path / "copy")
+    tensors, header = checkpoints.load(folder / "checkpoint.safetensors")
+    del header["settings"]["weights"]
+    checkpoints.save(folder / "checkpoint.safetensors", tensors, header)
+    assert GanTrainer(STAGE1, IMAGES, folder).iteration == STAGE1.iterations
+    with pytest.raises(UserError, match=r"other settings \(weights\)"):
+        GanTrainer(replace(STAGE1, weights="auto"), IMAGES, folder)
