@@ -6,7 +6,7 @@ import sys
 import pandas as pd
 import pytest
 
-from stgan_utils import __main__ as cli
+from stgan_utils import __main__ as cli, engine
 from stgan_utils import pipeline, runs
 from stgan_utils.config import UserError
 
@@ -26,7 +26,7 @@ def command(*words):
 )
 def test_wrong_input_is_one_sentence_and_status_2(words, sentence, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("PYTHONPATH", str(pipeline.ROOT))
+    monkeypatch.setenv("PYTHONPATH", str(engine.ROOT))
     done = command(*words)
     assert done.returncode == 2
     assert sentence in done.stderr
@@ -37,7 +37,7 @@ def test_wrong_input_is_one_sentence_and_status_2(words, sentence, tmp_path, mon
 def test_help_loads_nothing_heavy():
     script = "import sys\nfrom stgan_utils.__main__ import app\n"
     script += "print({'torch', 'pandas', 'matplotlib', 'papermill'} & set(sys.modules))"
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=pipeline.ROOT)
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=engine.ROOT)
     assert done.stdout.strip() == "set()", done.stderr
 
 
