@@ -6,8 +6,8 @@ import sys
 import pandas as pd
 import pytest
 
-from stgan_utils import __main__ as cli, engine
-from stgan_utils import pipeline, runs
+from stgan_utils import __main__ as cli
+from stgan_utils import engine, pipeline, runs
 from stgan_utils.config import UserError
 
 
