@@ -1,7 +1,7 @@
 """The order of the notebooks, and running them.
 
 A step is one call: a notebook and its parameters in, `RUN_DIR/<step>/result.json` out (`run_step`). Everything else
-here decides which steps are left to do and which may run side by side. Nothing heavy is imported: a run that finds
+here decides which steps are left to do; `engine` runs them side by side. Nothing heavy is imported: a run that finds
 everything done ends at once.
 """
 
@@ -73,7 +73,7 @@ def run(data, profile, out, only=None, start=None, jobs=1, force=False, params=N
         jobs: how many notebooks may run side by side on one machine; each gets its share of the cores.
         force: delete what the chosen steps left there before, and run them again.
         params: {setting: value} for every step that knows the setting; "stage1.iterations" means one kind of step.
-        on, address: where they run, see `engine.choose`.
+        on, address: "local", or "ray" and a cluster's address; see `engine.choose`.
 
     Raises:
         UserError: anything asked for is wrong, or another run works in that folder; known before any work starts.

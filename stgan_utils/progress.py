@@ -3,7 +3,7 @@
 import time
 
 from rich.live import Live
-from rich.table import Table
+from rich.table import Column, Table
 
 from stgan_utils import files
 from stgan_utils.engine import say
@@ -34,7 +34,7 @@ class Progress:
 
     def look(self):
         """Says which tasks have begun since the last look, again on another machine too, and redraws the table."""
-        for path in sorted(self._notes_dir.rglob("*.json")):
+        for path in sorted(self._notes_dir.rglob("[!.]*.json")):  # the others are half written
             name = path.relative_to(self._notes_dir).with_suffix("").as_posix()
             note = files.read_json(path)
             if note != self._notes.get(name):
@@ -44,7 +44,7 @@ class Progress:
         self._live.refresh()
 
     def _table(self):
-        table = Table("step", "state", "minutes", "machine", "at")
+        table = Table("step", Column("state", no_wrap=True), "minutes", "machine", "at")
         for name, state in self._states.items():
             note = self._notes.get(name, {"machine": ""})
             minutes = f"{(time.monotonic() - self._since[name]) / 60:.1f}" if state == RUNNING else ""
