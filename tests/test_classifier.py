@@ -169,7 +169,7 @@ def test_augment_keeps_range_and_content_and_varies():
 
 def test_learns_a_separable_set_from_nothing(tmp_path):
     images, labels = toy(203)
-    settings = replace(SETTINGS, epochs=4, learning_rate=3e-3)
+    settings = replace(SETTINGS, epochs=8, learning_rate=3e-3)
     history = finetune.train(settings, images, labels, np.arange(168), np.arange(168, 203), tmp_path)
     best = history["val_balanced_accuracy"].max()
     assert best > 0.95
