@@ -93,6 +93,8 @@ def test_synthetic_images_hash_as_imagehash_does(tmp_path):
             paths.append(tmp_path / f"{mode}_{repeat}.{'tif' if mode == 'CMYK' else 'png'}")
             smooth = Image.fromarray(rng.integers(0, 256, (6, 6, 3), np.uint8)).resize((90, 75))
             smooth.convert(mode).save(paths[-1])
+    paths.append(tmp_path / "transparent.png")
+    smooth.save(paths[-1], transparency=smooth.getpixel((0, 0)))
     assert_equals_imagehash(paths)
 
 
@@ -118,13 +120,25 @@ def test_hashes_keep_the_order_given_and_do_not_depend_on_jobs(tmp_path):
     assert len(dedup.deduplicate([])) == 0
 
 
+def test_hashes_are_the_same_without_the_fast_decoder(tmp_path, monkeypatch):
+    path = tmp_path / "lesion.png"
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (80, 64, 3), np.uint8)).save(path)
+    decoded = []
+    decode = dedup.imagecodecs.png_decode
+    monkeypatch.setattr(dedup.imagecodecs, "png_decode", lambda content: decoded.append(1) or decode(content))
+    fast = dedup.hash_images([path])
+    monkeypatch.setattr(dedup, "imagecodecs", None)
+    pd.testing.assert_frame_equal(dedup.hash_images([path]), fast)
+    assert decoded == [1]
+
+
 @pytest.mark.parametrize("damage", ["missing", "truncated", "text"])
 def test_unreadable_image_is_named(tmp_path, damage):
     path = tmp_path / "lesion.png"
     if damage == "text":
         path.write_text("no image")
     elif damage == "truncated":
-        Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64), np.uint8)).save(path)
+        Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8)).save(path)
         path.write_bytes(path.read_bytes()[:1000])
     with pytest.raises(UserError, match=r"lesion\.png cannot be read .* or leave it out"):
         dedup.deduplicate([path])
