@@ -10,7 +10,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import pandas as pd
+from sklearn.model_selection import StratifiedGroupKFold
 
 from stgan_utils import data, device, finetune, runs
 from stgan_utils.classifier import Classifier
@@ -25,8 +27,9 @@ KINDS = {"real": False, "generated": True}
 RECIPE = {"size": 96, "epochs": 5, "frozen_blocks": 4}
 # The one that is released: no arm of the comparison, it is larger and trained for longer, small images first.
 RELEASE, FIRST_PHASE = "release", "release-128px"
-# Whose mean answers teach the refit: each is better than the last by what the others know.
-TEACHERS = ("logit-adjustment", FIRST_PHASE, RELEASE)
+# Its teachers: as many networks of the first phase's recipe, each trained without one of so many parts of the train
+# split. What they answer there is what an honest guess looks like.
+TEACHERS = 5
 
 
 class Arm(NamedTuple):
@@ -42,6 +45,8 @@ class Arm(NamedTuple):
     prior: str = "real"
     # The arm whose weights it begins with: it is the second phase of that one.
     after: str = ""
+    # Half of the loss are the answers of networks that have not learnt from the image, `teach`.
+    taught: bool = False
 
 
 PLAIN, ADJUSTED = {"logit_adjustment": 0.0}, {"logit_adjustment": 1.0}
@@ -58,11 +63,12 @@ ARMS = {
     "gan-dedup": Arm("logit adjustment and generated images, deduplicated", ADJUSTED, "dedup", 1.0),
     "gan-filtered": Arm("… deduplicated and filtered", ADJUSTED, "filtered", 1.0),
     "gan-mixed-prior": Arm("… and the adjustment made for the mix", ADJUSTED, "filtered", 1.0, prior="mix"),
-    FIRST_PHASE: Arm("the released recipe, first phase", ADJUSTED | {"size": 128, "epochs": 10}),
+    FIRST_PHASE: Arm("the released recipe, first phase", ADJUSTED | {"size": 128, "epochs": 8}),
     RELEASE: Arm(
         "the released recipe",
-        ADJUSTED | {"size": 224, "epochs": 6, "learning_rate": 5e-4, "views": 2},
+        ADJUSTED | {"size": 224, "epochs": 8, "learning_rate": 5e-4, "views": 2},
         after=FIRST_PHASE,
+        taught=True,
     ),
 }
 COMPARED = [name for name in ARMS if name not in (RELEASE, FIRST_PHASE)]
@@ -112,7 +118,8 @@ def train(name, run_dir, seed):
     rows = {split: table.index[table["split"] == split] for split in ("train", "val", "test")}
     began = time.monotonic()
     prior = rows["train"] if arm.prior == "mix" else table.index[(table["split"] == "train") & ~table["synthetic"]]
-    history = finetune.train(settings, images, table["label"], rows["train"], rows["val"], folder, prior)
+    taught = _answers_of_others(teach(run_dir), real) if arm.taught else None
+    history = finetune.train(settings, images, table["label"], rows["train"], rows["val"], folder, prior, taught=taught)
     model = Classifier.load(folder / finetune.MODEL_FILE).to(device.pick())
     judged = rows["val"].append(rows["test"])
     answers = model.predict_proba(images, judged)
@@ -132,8 +139,8 @@ def refit(name, run_dir):
     """Train on with an arm's recipe, from the weights of its seed 0, on *all* real images: what is released.
 
     The held-out lesions are among them, so nothing is left to judge it by: its figures are those of the arm itself,
-    `findings.judge`. The temperature is that one's as well. Half of the loss are the mean answers of the networks in
-    `TEACHERS`, none of which has seen the held-out images.
+    `findings.judge`. The temperature is that one's as well. A taught arm stays taught: held-out images by all teachers
+    and by the arm's own seed 0, since none of these has learnt from them.
 
     Returns:
         The folder, `run_dir/arms/NAME/refit`: model.safetensors, history.csv, result.json.
@@ -153,16 +160,37 @@ def refit(name, run_dir):
     settings = _settings(arm, 0, source, temperature=temperature)
     folder = run_dir / "arms" / name / "refit"
     images = data.image_cache(real, settings.size)
-    teachers = [path for each in TEACHERS for path in sorted(run_dir.glob(f"arms/{each}/seed*/{finetune.MODEL_FILE}"))]
     began = time.monotonic()
-    finetune.train(
-        settings, images, real["label"], real.index, None, folder, taught=_mean_answers(teachers, real).to_numpy()
-    )
+    teachers = teach(run_dir) | {source / finetune.MODEL_FILE: real["split"] == "train"} if arm.taught else {}
+    taught = _answers_of_others(teachers, real) if arm.taught else None
+    finetune.train(settings, images, real["label"], real.index, None, folder, taught=taught)
     counts = real["label"].value_counts()
     result = _result(name, settings, folder, {"real": {code: int(counts[code]) for code in CLASSES}}, began)
     taught_by = {str(path.relative_to(run_dir)): sha256(path) for path in teachers}
     write_json(folder / "result.json", result | {"taught_by": taught_by})
     return folder
+
+
+def teach(run_dir):
+    """Train the `TEACHERS` on the train split, cross-fitted: every lesion is left out by one of them.
+
+    Returns:
+        {model file: rows of the run's dataset table that it has learnt from, bool (N,)}, the files in
+        `run_dir/arms/teachers/partN`; those that are there are left alone.
+    """
+    run_dir = Path(run_dir)
+    real = real_table(run_dir)
+    train_rows = real.index[real["split"] == "train"]
+    parts = StratifiedGroupKFold(TEACHERS, shuffle=True, random_state=0).split(
+        train_rows, real.loc[train_rows, "label"], real.loc[train_rows, "lesion_id"]
+    )
+    files = {}
+    for part, (kept, _) in enumerate(parts):
+        settings = _settings(_arm(FIRST_PHASE), part, None, views=4)
+        folder = run_dir / "arms" / "teachers" / f"part{part}"
+        finetune.train(settings, data.image_cache(real, settings.size), real["label"], train_rows[kept], None, folder)
+        files[folder / finetune.MODEL_FILE] = real.index.isin(train_rows[kept])
+    return files
 
 
 def choose_generated(run_dir, real, arm, settings):
@@ -200,13 +228,15 @@ def _arm(name):
     return ARMS[name]
 
 
-def _mean_answers(files, table):
-    """Mean probabilities of several classifiers for a table's images, columns in the order of `CLASSES`."""
-    answers = []
-    for file in files:
-        model = Classifier.load(file).fused().to(device.pick())
-        answers.append(model.predict_proba(data.image_cache(table, model.size))[list(CLASSES)])
-    return sum(answers) / len(answers)
+def _answers_of_others(networks, table):
+    """For each image the mean probabilities (N, classes) of those `networks`, {file: rows learnt from}, that do not
+    know it; columns in the order of `CLASSES`."""
+    total, asked = np.zeros((len(table), len(CLASSES))), np.zeros((len(table), 1))
+    for file, learnt in networks.items():
+        model, rows = Classifier.load(file).fused().to(device.pick()), np.flatnonzero(~np.asarray(learnt))
+        total[rows] += model.predict_proba(data.image_cache(table, model.size), rows)[list(CLASSES)].to_numpy()
+        asked[rows] += 1
+    return total / asked
 
 
 def _settings(arm, seed, before, **more):
