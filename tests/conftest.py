@@ -42,3 +42,15 @@ def phantom_dir(tmp_path_factory):
     folder = tmp_path_factory.mktemp("phantom")
     phantom.write_dataset(folder, count=210, size=64, seed=0)
     return folder
+
+
+@pytest.fixture(scope="module")
+def cluster():
+    """A real Ray cluster in processes of this machine: a head with one core, to which nodes can be added."""
+    pytest.importorskip("ray")
+    os.environ |= {"RAY_USAGE_STATS_ENABLED": "0", "RAY_worker_niceness": "0"}  # Ray's 15 starves beside other tests
+    from ray.cluster_utils import Cluster
+
+    nodes = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
+    yield nodes
+    nodes.shutdown()

@@ -24,17 +24,6 @@ LENGTH = {"stage2.iterations": 20, "stage2.checkpoint_every": 5, "stage2.evaluat
 SETTINGS = [word for name, value in LENGTH.items() for word in ("-p", name, str(value))]
 
 
-@pytest.fixture(scope="module")
-def cluster():
-    """A head with one core; the drivers run on it."""
-    os.environ |= {"RAY_USAGE_STATS_ENABLED": "0", "RAY_worker_niceness": "0"}  # Ray's 15 starves beside other tests
-    from ray.cluster_utils import Cluster
-
-    nodes = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
-    yield nodes
-    nodes.shutdown()
-
-
 class Driver:
     """`run` on the command line, in a process of its own, with no steps but those that are named."""
 

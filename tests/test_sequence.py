@@ -90,6 +90,21 @@ def test_no_gan_saw_a_validation_or_test_image_and_only_real_ones_judge(smoke):
         assert runs.result(smoke, f"03_stage2_{code}")["numbers"]["real"] == train
 
 
+def test_on_two_nodes_of_a_ray_cluster_the_same_comes_out_bit_for_bit(smoke, cluster, tmp_path):
+    cluster.add_node(num_cpus=1)
+    out = tmp_path / "ray"
+    words = ("--data", "phantom", "--profile", "smoke", "--out", out, "--engine", "ray", "--address", cluster.address)
+    ran = command("stgan_utils", "run", *words)
+    assert ran.returncode == 0, ran.stdout + ran.stderr
+    for step in pipeline.STEPS:
+        here, there = (runs.result(folder, step.name) for folder in (smoke, out))
+        assert here["models"] == there["models"]
+    made = sorted(path.relative_to(smoke) for path in smoke.glob("03_stage2_*/images/*.png"))
+    assert len(made) == 6 * 24
+    for file in (*made, "05_classifier/test_predictions.csv"):
+        assert (smoke / file).read_bytes() == (out / file).read_bytes(), file
+
+
 def test_a_second_run_has_nothing_to_do(smoke):
     before = {path: path.stat().st_mtime_ns for path in smoke.rglob("result.json")}
     began = time.monotonic()
