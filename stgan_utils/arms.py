@@ -26,7 +26,7 @@ KINDS = {"real": False, "generated": True}
 # seeds of each arm become affordable on a CPU.
 RECIPE = {"size": 96, "epochs": 5, "frozen_blocks": 4}
 # The one that is released: no arm of the comparison, it is larger and trained for longer, small images first.
-RELEASE, FIRST_PHASE = "release", "release-128px"
+RELEASE, FIRST_PHASE = "release", "release-160px"
 # Its teachers: as many networks of the first phase's recipe, each trained without one of so many parts of the train
 # split. What they answer there is what an honest guess looks like.
 TEACHERS = 5
@@ -63,10 +63,12 @@ ARMS = {
     "gan-dedup": Arm("logit adjustment and generated images, deduplicated", ADJUSTED, "dedup", 1.0),
     "gan-filtered": Arm("… deduplicated and filtered", ADJUSTED, "filtered", 1.0),
     "gan-mixed-prior": Arm("… and the adjustment made for the mix", ADJUSTED, "filtered", 1.0, prior="mix"),
-    FIRST_PHASE: Arm("the released recipe, first phase", ADJUSTED | {"size": 128, "epochs": 8}),
+    FIRST_PHASE: Arm(
+        "the released recipe, first phase", ADJUSTED | {"size": 160, "epochs": 8, "augmentation": "strong"}
+    ),
     RELEASE: Arm(
         "the released recipe",
-        ADJUSTED | {"size": 224, "epochs": 8, "learning_rate": 5e-4, "views": 2},
+        ADJUSTED | {"size": 224, "epochs": 16, "learning_rate": 5e-4, "augmentation": "strong", "views": 4},
         after=FIRST_PHASE,
         taught=True,
     ),
