@@ -255,7 +255,7 @@ def _result(name, settings, folder, images, began):
         "backbone": Classifier.load(folder / finetune.MODEL_FILE).settings["backbone"],
         "model_sha256": sha256(folder / finetune.MODEL_FILE),
         "seconds": time.monotonic() - began,
-        "device": device.describe(),
+        "device": device.describe(finetune.WIDTH),
         "commit": runs.git_commit(),
     }
 
