@@ -5,8 +5,9 @@ steps, chooses its epoch by the same real validation lesions, and is trained wit
 when the table is made, once every arm is there.
 """
 
+import math
 import time
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -140,6 +141,8 @@ def train(name, run_dir, seed):
 def refit(name, run_dir):
     """Train on with an arm's recipe, from the weights of its seed 0, on *all* real images: what is released.
 
+    Half as many epochs: it begins where the arm ended.
+
     The held-out lesions are among them, so nothing is left to judge it by: its figures are those of the arm itself,
     `findings.judge`. The temperature is that one's as well. A taught arm stays taught: held-out images by all teachers
     and by the arm's own seed 0, since none of these has learnt from them.
@@ -160,6 +163,7 @@ def refit(name, run_dir):
     real = real_table(run_dir)
     temperature = Classifier.load(source / finetune.MODEL_FILE).answering["temperature"]
     settings = _settings(arm, 0, source, temperature=temperature)
+    settings = replace(settings, epochs=math.ceil(settings.epochs / 2))
     folder = run_dir / "arms" / name / "refit"
     images = data.image_cache(real, settings.size)
     began = time.monotonic()

@@ -150,6 +150,7 @@ def test_refit_takes_every_real_image_and_the_temperature_of_the_split_run(run_d
     judged = classifier.Classifier.load(run_dir / "arms" / "release" / "seed0" / "model.safetensors")
     refitted = classifier.Classifier.load(folder / "model.safetensors")
     assert refitted.size == judged.size == 48
+    assert refitted.settings["epochs"] == 1 and judged.settings["epochs"] == 2
     assert refitted.answering["temperature"] == judged.answering["temperature"] != 1
     # Each phase goes on from the one before.
     assert refitted.settings["continue_from"] == str(run_dir / "arms" / "release" / "seed0" / "model.safetensors")
