@@ -216,10 +216,10 @@ def given_per_kind(params):
         if not takers:
             names = sorted(set().union(*known.values()))
             raise UserError(f"No step has a setting {key!r}; there are {', '.join(names)}.")
-        if name in ("start_from", "continue_from") and value:
+        if name in ("start_from", "continue_from", "images") and value:
             value = str(Path(value).expanduser().resolve())  # notebooks run in their own folder
             if not Path(value).exists():
-                raise UserError(f"{name} is {value!r}, there is no such file.")
+                raise UserError(f"{name} is {value!r}, there is no such {'folder' if name == 'images' else 'file'}.")
         for taker in takers:
             # A setting of one kind goes before the same setting of every kind, in whatever order they stand.
             if kind or f"{taker}.{name}" not in params:

@@ -159,6 +159,12 @@ def test_what_libraries_in_c_say_is_kept_from_the_user_and_beside_a_notebook_tha
     assert capfd.readouterr().err == "ours again"
 
 
+def test_a_folder_of_images_is_looked_for_where_the_command_was_given_not_where_notebooks_run(tmp_path, monkeypatch):
+    (tmp_path / "photos").mkdir()
+    monkeypatch.chdir(tmp_path)
+    assert pipeline.given_per_kind({"images": "photos"})["dedup"] == {"images": str((tmp_path / "photos").resolve())}
+
+
 def test_a_second_run_in_the_same_folder_is_refused_while_the_first_works(sequence, tmp_path):
     out = tmp_path / "run"
     out.mkdir()
@@ -177,6 +183,7 @@ def test_a_second_run_in_the_same_folder_is_refused_while_the_first_works(sequen
         ({"params": {"lesion": "MEL"}}, "No step has a setting 'lesion'"),
         ({"params": {"iterations": "many"}}, "iterations is 'many', it must be a whole number"),
         ({"params": {"start_from": "nothing.pth"}}, r"nothing\.pth', there is no such file"),
+        ({"params": {"images": "nowhere"}}, r"nowhere', there is no such folder"),
         ({"params": {"stage1.weights": "none-such"}}, "There are no weights 'none-such'; the manifest names "),
         (
             {"params": {"stage1.weights": "prior-stage1-256px"}},
