@@ -24,6 +24,7 @@ from train_step import peak_memory
 from stgan_utils.lesions import CLASSES
 
 PACKAGES = ("torch", "torchvision", "pillow")
+NAME = "classifier-mobilenetv2"
 
 
 def make_images(folder, count, size, real):
@@ -98,15 +99,14 @@ def train_plain(folder, size, batch):
     return len(loader) * batch / (perf_counter() - began)
 
 
-def predict(folder, size, count):
-    """(images a second, peak memory in bytes) of `predict_folder` for the first `count` images, from file to CSV."""
-    import torch
-
+def predict(folder, count):
+    """(images a second, peak memory in bytes) of `predict_folder` for the first `count` images, from file to CSV, by
+    the released classifier."""
+    from stgan_utils import weights
     from stgan_utils.classifier import Classifier
     from stgan_utils.predict import predict_folder
 
-    torch.manual_seed(0)
-    model = Classifier({"size": size, "mean": [0.5] * 3, "std": [0.5] * 3})
+    model = Classifier.load(weights.path(NAME))
     with tempfile.TemporaryDirectory() as scratch:
         some = Path(scratch, "images")
         some.mkdir()
@@ -142,7 +142,7 @@ def prediction(folder, args):
     """Markdown table: images a second and peak memory for a quarter of the images and for all of them."""
     lines = ["| images | images/s | peak memory |", "|---|---|---|"]
     for count in (args.predicted // 4, args.predicted):
-        found = [alone(predict, folder, args.size, count) for _ in range(args.repeats)]
+        found = [alone(predict, folder, count) for _ in range(args.repeats)]
         speeds, peaks = zip(*found, strict=True)
         lines.append(
             f"| {count:,} | **{median(speeds):.1f}** ({min(speeds):.1f} – {max(speeds):.1f}) "
@@ -153,7 +153,8 @@ def prediction(folder, args):
 
 
 def main():
-    from stgan_utils import device
+    from stgan_utils import device, finetune, weights
+    from stgan_utils.classifier import Classifier
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--images", type=int, default=320, help="images of an epoch of training (default 320)")
@@ -168,15 +169,17 @@ def main():
         make_images(trained, args.images, args.size, real)
         make_images(predicted, args.predicted, args.size, real)
         trained_table, predicted_table = training(trained, args), prediction(predicted, args)
+    views = Classifier.load(weights.path(NAME)).answering["views"]
     source = "real HAM10000 images" if real else "images of smooth noise"
     body = f"""
-{args.size}-px JPEG files, {source}, on {device.describe()}; {args.repeats} runs, each in a process of its own; medians.
+{args.size}-px JPEG files, {source}; {args.repeats} runs, each in a process of its own; medians.
 
-Training on {args.images:,} images, batch {args.batch}, MobileNetV2 with all its layers learning:
+Training on {args.images:,} images, batch {args.batch}, MobileNetV2 with all its layers learning; ours on
+{device.describe(finetune.WIDTH)}, the plain loop in float32:
 
 {trained_table}
 
-Prediction, from files to the CSV file:
+Prediction by `{NAME}` ({views} views of an image, float32), from files to the CSV file:
 
 {predicted_table}
 """

@@ -5,8 +5,9 @@ steps, chooses its epoch by the same real validation lesions, and is trained wit
 when the table is made, once every arm is there.
 """
 
+import math
 import time
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -26,7 +27,7 @@ KINDS = {"real": False, "generated": True}
 # seeds of each arm become affordable on a CPU.
 RECIPE = {"size": 96, "epochs": 5, "frozen_blocks": 4}
 # The one that is released: no arm of the comparison, it is larger and trained for longer, small images first.
-RELEASE, FIRST_PHASE = "release", "release-128px"
+RELEASE, FIRST_PHASE = "release", "release-160px"
 # Its teachers: as many networks of the first phase's recipe, each trained without one of so many parts of the train
 # split. What they answer there is what an honest guess looks like.
 TEACHERS = 5
@@ -63,10 +64,12 @@ ARMS = {
     "gan-dedup": Arm("logit adjustment and generated images, deduplicated", ADJUSTED, "dedup", 1.0),
     "gan-filtered": Arm("… deduplicated and filtered", ADJUSTED, "filtered", 1.0),
     "gan-mixed-prior": Arm("… and the adjustment made for the mix", ADJUSTED, "filtered", 1.0, prior="mix"),
-    FIRST_PHASE: Arm("the released recipe, first phase", ADJUSTED | {"size": 128, "epochs": 8}),
+    FIRST_PHASE: Arm(
+        "the released recipe, first phase", ADJUSTED | {"size": 160, "epochs": 8, "augmentation": "strong"}
+    ),
     RELEASE: Arm(
         "the released recipe",
-        ADJUSTED | {"size": 224, "epochs": 8, "learning_rate": 5e-4, "views": 2},
+        ADJUSTED | {"size": 224, "epochs": 16, "learning_rate": 5e-4, "augmentation": "strong", "views": 4},
         after=FIRST_PHASE,
         taught=True,
     ),
@@ -138,6 +141,8 @@ def train(name, run_dir, seed):
 def refit(name, run_dir):
     """Train on with an arm's recipe, from the weights of its seed 0, on *all* real images: what is released.
 
+    Half as many epochs: it begins where the arm ended.
+
     The held-out lesions are among them, so nothing is left to judge it by: its figures are those of the arm itself,
     `findings.judge`. The temperature is that one's as well. A taught arm stays taught: held-out images by all teachers
     and by the arm's own seed 0, since none of these has learnt from them.
@@ -158,6 +163,7 @@ def refit(name, run_dir):
     real = real_table(run_dir)
     temperature = Classifier.load(source / finetune.MODEL_FILE).answering["temperature"]
     settings = _settings(arm, 0, source, temperature=temperature)
+    settings = replace(settings, epochs=math.ceil(settings.epochs / 2))
     folder = run_dir / "arms" / name / "refit"
     images = data.image_cache(real, settings.size)
     began = time.monotonic()
@@ -253,7 +259,7 @@ def _result(name, settings, folder, images, began):
         "backbone": Classifier.load(folder / finetune.MODEL_FILE).settings["backbone"],
         "model_sha256": sha256(folder / finetune.MODEL_FILE),
         "seconds": time.monotonic() - began,
-        "device": device.describe(),
+        "device": device.describe(finetune.WIDTH),
         "commit": runs.git_commit(),
     }
 

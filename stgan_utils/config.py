@@ -14,7 +14,7 @@ AUGMENTATIONS = ("color", "translation")
 CHOICES = {  # of the classifier
     "pretrained": ("auto", "none"),
     "sampling": ("natural", "balanced"),
-    "augmentation": ("standard", "trivial"),
+    "augmentation": ("standard", "strong", "trivial"),
     "mix": ("none", "mixup", "cutmix"),
 }
 
@@ -152,7 +152,7 @@ class ClassifierSettings:
     sampling: str = "natural"
     # Images an epoch draws; 0: as many as there are. Arms of different size get the same number of steps by it.
     epoch_images: int = 0
-    # "standard": geometry and light, "trivial": TrivialAugment before them.
+    # "standard": geometry and light, "strong": their ranges half as wide again, "trivial": TrivialAugment before them.
     augmentation: str = "standard"
     mix: str = "none"
     # When it answers: flips of an image averaged; what logits are divided by, unless validation images say better.

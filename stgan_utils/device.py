@@ -56,8 +56,9 @@ def _computes_bf16():
 def precision(device, width=0):
     """bf16 from compute capability 8.0, fp16 (with loss scaling) from 7.0, else float32.
 
-    On a CPU that computes in bf16, networks of `width` (FastGAN's `ngf`) 32 and above take it: their step is 1.3 to 1.7
-    times as fast, that of narrower ones slower (`benchmarks/`).
+    On a CPU that computes in bf16, networks of `width` (channels of the widest images: FastGAN's `ngf`, 32 of
+    MobileNetV2) 32 and above take it: their step is up to 1.7 times as fast, that of narrower ones slower
+    (`benchmarks/`).
     """
     if device.type != "cuda":
         return torch.bfloat16 if width >= 32 and _computes_bf16() else torch.float32
@@ -71,8 +72,9 @@ def autocast(device, width=0):
     return nullcontext() if dtype is torch.float32 else torch.autocast(device.type, dtype=dtype)
 
 
-def describe():
-    """One line for logs and `result.json`, such as "cuda (NVIDIA L4), bfloat16" or "cpu (2 threads), float32"."""
+def describe(width=0):
+    """One line for logs and `result.json`, such as "cuda (NVIDIA L4), bfloat16" or "cpu (2 threads), float32"; the
+    precision is that of networks of `width`, see `precision`."""
     device = pick()
     name = torch.cuda.get_device_name() if device.type == "cuda" else f"{torch.get_num_threads()} threads"
-    return f"{device.type} ({name}), {str(precision(device)).removeprefix('torch.')}"
+    return f"{device.type} ({name}), {str(precision(device, width)).removeprefix('torch.')}"

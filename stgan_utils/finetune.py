@@ -25,6 +25,8 @@ from stgan_utils.lesions import CLASSES
 from stgan_utils.views import augment, mix, trivial_augment
 
 MODEL_FILE, CHECKPOINT_FILE, HISTORY_FILE = "model.safetensors", "checkpoint.safetensors", "history.csv"
+STRONG = 1.5  # reach of "strong" augmentation
+WIDTH = 32  # channels of MobileNetV2's first layer: what `device.precision` goes by on a CPU
 
 
 def log_prior(targets):
@@ -103,11 +105,13 @@ def train(settings, images, labels, train_rows, val_rows, out_dir, prior_rows=No
     prior_rows = train_rows if prior_rows is None else np.asarray(prior_rows)
     adjustment = (settings.logit_adjustment * log_prior(targets[prior_rows])).to(place)
 
+    reach = STRONG if settings.augmentation == "strong" else 1.0
+
     def view(rows):
         batch = torch.from_numpy(np.asarray(images[rows]))
         if settings.augmentation == "trivial":
             batch = trivial_augment(batch)
-        return augment(to_float(batch.to(place, non_blocking=True)))
+        return augment(to_float(batch.to(place, non_blocking=True)), reach)
 
     sets = {"train": train_rows, "val": val_rows, "prior": prior_rows}
     run = model.settings | {name: _digest(labels, rows) for name, rows in sets.items()}
@@ -128,7 +132,7 @@ def train(settings, images, labels, train_rows, val_rows, out_dir, prior_rows=No
                 group["lr"] = group["peak"] * min(1, done / 0.1) * (0.5 + 0.5 * math.cos(math.pi * done))
             batch = view(rows)  # in full precision: half a float cannot tell neighbouring pixels apart
             batch, wanted = mix(batch, targets[rows].to(place), settings.mix)
-            with device.autocast(place):
+            with device.autocast(place, WIDTH):
                 logits = model(batch)
             loss = adjusted_loss(logits, wanted, adjustment, settings.label_smoothing)
             if taught is not None:

@@ -15,24 +15,26 @@ _MIX = {
 }
 
 
-def augment(images):
+def augment(images, reach=1.0):
     """Random views of float (N, 3, S, S) images in [0, 1]; each image its own, the whole batch at once.
 
     A dermoscope has no up: flips and any quarter turn, ± 20°, zoom ± 20 %, shift ± 10 %, mirrored at the border. Light
-    and cameras differ: brightness, contrast, saturation ± 20 %, each channel ± 5 %.
+    and cameras differ: brightness, contrast, saturation ± 20 %, each channel ± 5 %. `reach` multiplies all of these
+    ranges: clinics that a network has not seen differ by more.
     """
     count, like = len(images), {"device": images.device}
     flip = torch.randint(0, 2, (count,), **like) * 2.0 - 1
-    turn = torch.randint(0, 4, (count,), **like) * (math.pi / 2) + torch.empty(count, **like).uniform_(-1, 1) * 0.35
-    zoom = torch.exp(torch.empty(count, **like).uniform_(-0.2, 0.2))
+    turn = torch.randint(0, 4, (count,), **like) * (math.pi / 2)
+    turn = turn + torch.empty(count, **like).uniform_(-1, 1) * 0.35 * reach
+    zoom = torch.exp(torch.empty(count, **like).uniform_(-0.2, 0.2) * reach)
     cos, sin = torch.cos(turn) * zoom, torch.sin(turn) * zoom
-    shift = torch.empty(2, count, **like).uniform_(-0.2, 0.2)  # the side of the image is 2
+    shift = torch.empty(2, count, **like).uniform_(-0.2, 0.2) * reach  # the side of the image is 2
     rows = torch.stack([cos * flip, -sin, shift[0], sin * flip, cos, shift[1]], 1)
     grid = F.affine_grid(rows.view(count, 2, 3), list(images.shape), align_corners=False)
     images = F.grid_sample(images, grid, padding_mode="reflection", align_corners=False)
 
-    brightness, contrast, saturation = torch.empty(3, count, 1, 1, 1, **like).uniform_(0.8, 1.2)
-    tint = torch.empty(count, 3, 1, 1, **like).uniform_(0.95, 1.05)
+    brightness, contrast, saturation = torch.empty(3, count, 1, 1, 1, **like).uniform_(-0.2, 0.2) * reach + 1
+    tint = torch.empty(count, 3, 1, 1, **like).uniform_(-0.05, 0.05) * reach + 1
     grey = images.mean(1, keepdim=True)
     images = grey + (images - grey) * saturation
     level = images.mean((1, 2, 3), keepdim=True)

@@ -44,7 +44,7 @@ def small():
     """Two epochs of 32 px from random weights: seconds."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(arms, "RECIPE", {"size": 32, "epochs": 2, "pretrained": "none", "batch_size": 16})
-        for name, size in (("release", 48), ("release-128px", 32)):
+        for name, size in (("release", 48), ("release-160px", 32)):
             patch.setitem(arms.ARMS, name, arms.ARMS[name]._replace(settings={"size": size}))
         yield
 
@@ -150,10 +150,11 @@ def test_refit_takes_every_real_image_and_the_temperature_of_the_split_run(run_d
     judged = classifier.Classifier.load(run_dir / "arms" / "release" / "seed0" / "model.safetensors")
     refitted = classifier.Classifier.load(folder / "model.safetensors")
     assert refitted.size == judged.size == 48
+    assert refitted.settings["epochs"] == 1 and judged.settings["epochs"] == 2
     assert refitted.answering["temperature"] == judged.answering["temperature"] != 1
     # Each phase goes on from the one before.
     assert refitted.settings["continue_from"] == str(run_dir / "arms" / "release" / "seed0" / "model.safetensors")
-    assert judged.settings["continue_from"] == str(run_dir / "arms" / "release-128px" / "seed0" / "model.safetensors")
+    assert judged.settings["continue_from"] == str(run_dir / "arms" / "release-160px" / "seed0" / "model.safetensors")
     result = files.read_json(folder / "result.json")
     assert sum(result["training_images"]["real"].values()) == 210
     assert "release" not in set(
@@ -194,9 +195,9 @@ def test_a_taught_arm_hears_of_each_image_only_who_does_not_know_it(run_dir, mon
 
 
 def test_tasks_for_an_engine_name_their_folders_and_wait_for_a_first_phase(run_dir):
-    tasks = {task.name: task for task in arms.tasks(["release", "real", "release-128px", "real"], run_dir, 2)}
-    assert list(tasks) == [f"arms/{n}/seed{i}" for n in ("release", "real", "release-128px") for i in range(2)]
-    assert tasks["arms/release/seed1"].needs == ("arms/release-128px/seed1",)
+    tasks = {task.name: task for task in arms.tasks(["release", "real", "release-160px", "real"], run_dir, 2)}
+    assert list(tasks) == [f"arms/{n}/seed{i}" for n in ("release", "real", "release-160px") for i in range(2)]
+    assert tasks["arms/release/seed1"].needs == ("arms/release-160px/seed1",)
     assert tasks["arms/real/seed1"].needs == ()
     one = tasks["arms/real/seed1"]
     assert one.work(*one.arguments) == run_dir / one.name and (run_dir / one.name / "result.json").exists()

@@ -165,6 +165,11 @@ def test_augment_keeps_range_and_content_and_varies():
     assert views.mean() == pytest.approx(images.mean().item(), abs=0.03)
     torch.manual_seed(1)
     assert torch.equal(views, augment(images))
+    # A longer reach changes the light more; none leaves flips and quarter turns, which only move pixels.
+    light = [augment(images, reach).mean((1, 2, 3)).std() for reach in (0.5, 1, 2)]
+    assert light == sorted(light) and light[2] > 2 * light[0]
+    moved = augment(images, 0).flatten(2).sort().values
+    assert torch.allclose(moved, images.flatten(2).sort().values, atol=1e-4)
 
 
 def test_learns_a_separable_set_from_nothing(tmp_path):
