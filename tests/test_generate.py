@@ -11,6 +11,7 @@ import pandas as pd
 import pytest
 import torch
 from PIL import Image
+from torch.optim.swa_utils import update_bn
 
 from stgan_utils import __main__ as cli
 from stgan_utils import checkpoints, classifier, data, files, generation, release, weights
@@ -227,7 +228,9 @@ def test_half_precision_is_loaded_as_float32(generator, checkpoint, tmp_path):
 
 def save_classifier(file):
     torch.manual_seed(0)
-    classifier.Classifier({"size": 64, "mean": [0.5] * 3, "std": [0.5] * 3}).save(file)
+    model = classifier.Classifier({"size": 64, "mean": [0.5] * 3, "std": [0.5] * 3})
+    update_bn([torch.rand(8, 3, 64, 64)], model)  # else its features are nearly the same for all images
+    model.eval().save(file)
     return file
 
 
