@@ -59,6 +59,7 @@ class Stage1Settings:
     batch_size: int = 8
     learning_rate: float = 2e-4
     ema_decay: float = 0.999
+    # Needs no pretrained weights. To real images "mobilenet", which does, comes far nearer (`benchmarks/quality.py`).
     perceptual: str = "l1"
     augment: str = "color,translation"
     checkpoint_every: int = 250
