@@ -8,8 +8,10 @@ import os
 import shutil
 import subprocess
 import sys
+import sysconfig
 import threading
 import time
+import venv
 from pathlib import Path
 
 import matplotlib
@@ -158,16 +160,21 @@ def kill_kernel_at(checkpoint):
 
 
 def install(place, monkeypatch):
-    """What the first cell does on Colab, with a clone in place of the address: no torch, only ours."""
+    """What the first cell does on Colab, with a clone in place of the address: no torch, only ours.
+
+    In an environment of its own that sees the packages of this one: else pip uninstalls the checkout from this one.
+    """
     clone, prefix = repository(place / "clone"), place / "usr"
+    venv.create(prefix)
     site = prefix / "lib" / f"python3.{sys.version_info.minor}" / "site-packages"
-    site.mkdir(parents=True)
     monkeypatch.setenv("PYTHONPATH", f"{place / 'python'}{os.pathsep}{site}")
-    options = {"PIP_PREFIX": str(prefix), "PIP_NO_INDEX": "1", "PIP_NO_BUILD_ISOLATION": "0"}
+    (site / "packages.pth").write_text(sysconfig.get_path("purelib"))
+    options = {"PIP_NO_INDEX": "1", "PIP_NO_BUILD_ISOLATION": "0"}
     published = f"{stgan_utils.REPOSITORY}/archive/refs/tags/v{stgan_utils.__version__}.tar.gz"
     cell = first_cell().replace(published, clone.as_uri())
-    ran = execute(f"{cell}\nfrom stgan_utils import places; print(places.repository())", place / "content", options)
-    assert {path.name.split("-")[0] for path in site.iterdir()} == {"stgan_utils"}, ran.stderr
+    cell += "\nfrom stgan_utils import places; print(places.repository())"
+    ran = execute(cell, place / "content", options, prefix / "bin" / "python")
+    assert {path.name.split("-")[0] for path in site.iterdir()} == {"stgan_utils", "packages.pth"}, ran.stderr
     for name in ("weights_manifest.json", RELEASED["sources"]["repo"], f"notebooks/{START}.ipynb"):
         assert Path(ran.stdout.strip(), name).is_relative_to(prefix) and Path(ran.stdout.strip(), name).exists()
 
@@ -177,9 +184,9 @@ def first_cell():
     return next(cell.source for cell in notebook.cells if cell.cell_type == "code")
 
 
-def execute(cell, cwd, options):
+def execute(cell, cwd, options, python=sys.executable):
     environment = {**os.environ, **options}
-    return subprocess.run([sys.executable, "-c", cell], cwd=cwd, env=environment, capture_output=True, text=True)
+    return subprocess.run([python, "-c", cell], cwd=cwd, env=environment, capture_output=True, text=True)
 
 
 def test_bare_checkout(place):
