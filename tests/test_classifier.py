@@ -141,16 +141,28 @@ def test_damaged_and_foreign_files_are_refused(model, tmp_path):
             clf.Classifier.load(tmp_path / name)
 
 
-def test_folding_batch_norm_and_flips_keep_the_answers(model, pictures):
+def test_folding_batch_norm_keeps_the_answers(model, pictures):
     proba = model.predict_proba(pictures)
     pd.testing.assert_frame_equal(model.fused().predict_proba(pictures), proba, atol=1e-3)
     assert not any(isinstance(module, torch.nn.BatchNorm2d) for module in model.fused().modules())
     pd.testing.assert_frame_equal(
         model.predict_proba(pictures, rows=[5, 2], batch_size=1), proba.loc[[5, 2]].reset_index(drop=True), atol=1e-3
     )
-    model.answering["views"] = 4
-    flipped = model.predict_proba(pictures[:, ::-1, ::-1])
-    pd.testing.assert_frame_equal(flipped, model.predict_proba(pictures), atol=1e-3)
+
+
+def test_only_doubtful_images_are_looked_at_from_all_sides(model, pictures):
+    sides = [pictures, pictures[:, :, ::-1], pictures[:, ::-1], pictures[:, ::-1, ::-1]]
+    logits = torch.stack([model.logits(side.copy()) for side in sides])
+    margin = logits[0].sort(1).values.diff()[:, -1].sort().values
+    # p = 0.9 needs a lead of at least ln 9: with this temperature some pictures have it and some have not.
+    temperature = float(margin[len(margin) * 3 // 4] / math.log(9))
+    sure = (logits[0] / temperature).softmax(1).amax(1) >= 0.9
+    assert 0 < sure.sum() < len(sure)
+    model.answering = {"views": 4, "temperature": temperature}
+    expected = torch.where(sure[:, None], logits[0], logits.mean(0))
+    for batch_size in (1, 64):  # in a batch of one, a sure picture leaves nothing to look at again
+        torch.testing.assert_close(model.logits(pictures, batch_size=batch_size), expected, atol=1e-3, rtol=0)
+    assert not torch.allclose(expected, logits.mean(0), atol=1e-2)
 
 
 # --- training -----------------------------------------------------------------------------------------------------
