@@ -79,7 +79,10 @@ class Classifier(nn.Module):
 
     @torch.inference_mode()
     def logits(self, images, rows=None, batch_size=64):
-        """Logits (N, classes) float32 on the CPU, of doubtful images the mean of all views; arguments as `predict_proba`."""
+        """Logits (N, classes), float32 on the CPU: of the first view, of doubtful images the mean of all views.
+
+        Arguments as `predict_proba`.
+        """
         self.eval()
         rows = np.arange(len(images)) if rows is None else np.asarray(rows)
         logits = [self._logits(images[rows[i : i + batch_size]]) for i in range(0, len(rows), batch_size)]

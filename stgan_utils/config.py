@@ -156,7 +156,7 @@ class ClassifierSettings:
     # "standard": geometry and light, "strong": their ranges half as wide again, "trivial": TrivialAugment before them.
     augmentation: str = "standard"
     mix: str = "none"
-    # When it answers: flips of a doubtful image averaged; what logits are divided by, unless validation images say better.
+    # When it answers: flips of a doubtful image that are averaged; the divisor of logits, unless one is fitted.
     views: int = 1
     temperature: float = 1.0
     bootstrap: int = 1000  # resamples behind every interval
