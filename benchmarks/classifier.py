@@ -99,14 +99,14 @@ def train_plain(folder, size, batch):
     return len(loader) * batch / (perf_counter() - began)
 
 
-def predict(folder, count, sure):
+def predict(folder, count):
     """(images a second, peak memory in bytes) of `predict_folder` for the first `count` images, from file to CSV, by
-    the released classifier. With `sure` above 1 no image is spared the other views."""
-    from stgan_utils import classifier, weights
+    the released classifier."""
+    from stgan_utils import weights
+    from stgan_utils.classifier import Classifier
     from stgan_utils.predict import predict_folder
 
-    classifier.SURE = sure
-    model = classifier.Classifier.load(weights.path(NAME))
+    model = Classifier.load(weights.path(NAME))
     with tempfile.TemporaryDirectory() as scratch:
         some = Path(scratch, "images")
         some.mkdir()
@@ -139,16 +139,14 @@ Decoding into the cache, once and not counted above: {args.images / median(cache
 
 
 def prediction(folder, args):
-    """Markdown table: images a second and peak memory for a quarter of the images, for all, and if none were sure."""
-    from stgan_utils.classifier import SURE
-
+    """Markdown table: images a second and peak memory for a quarter of the images and for all of them."""
     lines = ["| images | images/s | peak memory |", "|---|---|---|"]
-    for count, sure in ((args.predicted // 4, SURE), (args.predicted, SURE), (args.predicted, 2)):
-        found = [alone(predict, folder, count, sure) for _ in range(args.repeats)]
+    for count in (args.predicted // 4, args.predicted):
+        found = [alone(predict, folder, count) for _ in range(args.repeats)]
         speeds, peaks = zip(*found, strict=True)
         lines.append(
-            f"| {count:,}{', all of them looked at from all sides' if sure > 1 else ''} "
-            f"| **{median(speeds):.1f}** ({min(speeds):.1f} – {max(speeds):.1f}) | {median(peaks) / 2**20:.0f} MiB |"
+            f"| {count:,} | **{median(speeds):.1f}** ({min(speeds):.1f} – {max(speeds):.1f}) "
+            f"| {median(peaks) / 2**20:.0f} MiB |"
         )
         print(lines[-1], flush=True)
     return "\n".join(lines)
@@ -181,9 +179,7 @@ Training on {args.images:,} images, batch {args.batch}, MobileNetV2 with all its
 
 {trained_table}
 
-Prediction by `{NAME}` ({views} views of an image that the first leaves in doubt, float32), from files to the CSV file.
-The released file has learnt from the images of HAM10000 that are used here and is surer of them than of others: in
-between lies what to expect.
+Prediction by `{NAME}` ({views} views of an image, float32), from files to the CSV file:
 
 {predicted_table}
 """

@@ -69,7 +69,7 @@ ARMS = {
     ),
     RELEASE: Arm(
         "the released recipe",
-        ADJUSTED | {"size": 224, "epochs": 16, "learning_rate": 5e-4, "augmentation": "strong", "views": 4},
+        ADJUSTED | {"size": 224, "epochs": 16, "learning_rate": 5e-4, "augmentation": "strong", "views": 2},
         after=FIRST_PHASE,
         taught=True,
     ),
@@ -192,7 +192,7 @@ def teach(run_dir):
     )
     files = {}
     for part, (kept, _) in enumerate(parts):
-        settings = _settings(_arm(FIRST_PHASE), part, None, views=4)
+        settings = _settings(_arm(FIRST_PHASE), part, None, views=2)
         folder = run_dir / "arms" / "teachers" / f"part{part}"
         finetune.train(settings, data.image_cache(real, settings.size), real["label"], train_rows[kept], None, folder)
         files[folder / finetune.MODEL_FILE] = real.index.isin(train_rows[kept])

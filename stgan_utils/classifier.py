@@ -18,13 +18,9 @@ from stgan_utils import checkpoints, device
 from stgan_utils.backbone import CHANNELS
 from stgan_utils.config import UserError
 from stgan_utils.lesions import CLASSES
+from stgan_utils.views import ASIDE, aside
 
 KIND = "mobilenet_v2"
-# Axes to flip for each view of an image: itself, left-right, upside down, both.
-FLIPS = ((), (3,), (2,), (2, 3))
-# An image whose first view is answered with at least this probability is not looked at again: the other views would
-# change hardly any such answer, and they cost three quarters of the time.
-SURE = 0.9
 
 
 class Classifier(nn.Module):
@@ -33,7 +29,7 @@ class Classifier(nn.Module):
     Args:
         preprocessing: {"size": side in pixels, "mean": [3], "std": [3]}, the last two for images in [0, 1].
         classes: class codes in the order of the outputs.
-        answering: {"views": flips of an image whose logits are averaged, 1, 2 or 4, unless the first one makes `SURE`;
+        answering: {"views": 1, it looks at the image as it is, or 2, it averages the logits of the views `views.ASIDE`;
             "temperature": what the logits are divided by before they become probabilities (C. Guo et al., ICML 2017)}.
         features: feature layers to start from, or None for random ones.
         settings: what it was trained with; kept in the file, used nowhere.
@@ -71,18 +67,12 @@ class Classifier(nn.Module):
             rows: which of them, in which order; all by default.
             batch_size: images at a time.
         """
-        proba = self._proba(self.logits(images, rows, batch_size).double())
-        return pd.DataFrame(proba.numpy(), columns=list(self.classes))
-
-    def _proba(self, logits):
-        return (logits / self.answering["temperature"]).softmax(1)
+        logits = self.logits(images, rows, batch_size).double() / self.answering["temperature"]
+        return pd.DataFrame(logits.softmax(1).numpy(), columns=list(self.classes))
 
     @torch.inference_mode()
     def logits(self, images, rows=None, batch_size=64):
-        """Logits (N, classes), float32 on the CPU: of the first view, of doubtful images the mean of all views.
-
-        Arguments as `predict_proba`.
-        """
+        """Logits (N, classes) float32 on the CPU, averaged over the model's views; arguments as `predict_proba`."""
         self.eval()
         rows = np.arange(len(images)) if rows is None else np.asarray(rows)
         logits = [self._logits(images[rows[i : i + batch_size]]) for i in range(0, len(rows), batch_size)]
@@ -90,14 +80,9 @@ class Classifier(nn.Module):
 
     def _logits(self, images):
         batch = to_float(torch.from_numpy(np.asarray(images)).to(self.mean.device, non_blocking=True))
-        others = FLIPS[1 : self.answering["views"]]
+        views = [batch] if self.answering["views"] == 1 else [aside(batch, view) for view in range(len(ASIDE))]
         with device.autocast(batch.device):
-            logits = self(batch).float()
-            doubtful = self._proba(logits).amax(1) < SURE
-            if others and doubtful.any():
-                views = [self(batch[doubtful].flip(axes)).float() for axes in others]
-                logits[doubtful] = torch.stack([logits[doubtful], *views]).mean(0)
-        return logits.cpu()
+            return torch.stack([self(view).float() for view in views]).mean(0).cpu()
 
     def fused(self):
         """A copy for prediction alone: each BatchNorm folded into the convolution before it."""

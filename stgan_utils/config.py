@@ -156,7 +156,8 @@ class ClassifierSettings:
     # "standard": geometry and light, "strong": their ranges half as wide again, "trivial": TrivialAugment before them.
     augmentation: str = "standard"
     mix: str = "none"
-    # When it answers: flips of a doubtful image that are averaged; the divisor of logits, unless one is fitted.
+    # When it answers: by the image as it is (1) or by two turned views of it (2); the divisor of logits, unless one is
+    # fitted to validation images.
     views: int = 1
     temperature: float = 1.0
     bootstrap: int = 1000  # resamples behind every interval
@@ -168,7 +169,7 @@ class ClassifierSettings:
         for name in ("frozen_blocks", "epoch_images"):
             _require(getattr(self, name) >= 0, f"{name} is {getattr(self, name)}, it must not be negative.")
         _require(self.temperature > 0, f"temperature is {self.temperature}, it must be above 0.")
-        _require(self.views in (1, 2, 4), f"views is {self.views}, it must be 1, 2 or 4.")
+        _require(self.views in (1, 2), f"views is {self.views}, it must be 1 or 2.")
         for name, choices in CHOICES.items():
             value = getattr(self, name)
             _require(value in choices, f"{name} is {value!r}, it must be one of {', '.join(choices)}.")

@@ -7,6 +7,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from PIL import Image, ImageOps
 from safetensors.torch import load_file, save_file
 from torch.optim.swa_utils import update_bn
 
@@ -16,7 +17,7 @@ from stgan_utils.backbone import IMAGENET_SCALING, KERAS_SCALING
 from stgan_utils.config import ClassifierSettings, UserError
 from stgan_utils.evaluation import balanced_accuracy
 from stgan_utils.lesions import CLASSES, PRIOR_TRAINING_ORDER
-from stgan_utils.views import augment
+from stgan_utils.views import ASIDE, aside, augment
 
 SETTINGS = ClassifierSettings(size=32, epochs=2, batch_size=16, pretrained="none")
 COLOURS = np.array(
@@ -150,19 +151,27 @@ def test_folding_batch_norm_keeps_the_answers(model, pictures):
     )
 
 
-def test_only_doubtful_images_are_looked_at_from_all_sides(model, pictures):
-    sides = [pictures, pictures[:, :, ::-1], pictures[:, ::-1], pictures[:, ::-1, ::-1]]
-    logits = torch.stack([model.logits(side.copy()) for side in sides])
-    margin = logits[0].sort(1).values.diff()[:, -1].sort().values
-    # p = 0.9 needs a lead of at least ln 9: with this temperature some pictures have it and some have not.
-    temperature = float(margin[len(margin) * 3 // 4] / math.log(9))
-    sure = (logits[0] / temperature).softmax(1).amax(1) >= 0.9
-    assert 0 < sure.sum() < len(sure)
-    model.answering = {"views": 4, "temperature": temperature}
-    expected = torch.where(sure[:, None], logits[0], logits.mean(0))
-    for batch_size in (1, 64):  # in a batch of one, a sure picture leaves nothing to look at again
-        torch.testing.assert_close(model.logits(pictures, batch_size=batch_size), expected, atol=1e-3, rtol=0)
-    assert not torch.allclose(expected, logits.mean(0), atol=1e-2)
+def test_answers_by_two_views_are_their_mean(model, pictures):
+    batch = clf.to_float(torch.from_numpy(pictures))
+    with torch.no_grad():
+        first, second = (model(aside(batch, view)) for view in (0, 1))
+    assert not torch.allclose(first, second, atol=0.1)
+    model.answering["views"] = 2
+    torch.testing.assert_close(model.logits(pictures), (first + second) / 2, atol=1e-3, rtol=0)
+
+
+def test_views_aside_are_the_image_turned_and_zoomed():
+    """Against Pillow, in the middle that no border reaches."""
+    rng = np.random.default_rng(0)
+    smooth = Image.fromarray(rng.integers(0, 256, (9, 9, 3), np.uint8)).resize((96, 96), Image.Resampling.BICUBIC)
+    images, middle = clf.to_float(torch.from_numpy(np.array(smooth))[None]), slice(32, 64)
+    for view, (degrees, zoom) in enumerate(ASIDE):
+        low, high = 96 - 48 * zoom, 96 + 48 * zoom  # of the image with a border of 48 px
+        turned = ImageOps.expand(smooth, 48).rotate(degrees, Image.Resampling.BILINEAR)
+        expected = turned.resize((96, 96), Image.Resampling.BILINEAR, box=(low, low, high, high))
+        found = aside(images, view)[0].permute(1, 2, 0).numpy() * 255
+        assert np.abs(found - np.asarray(expected, float))[middle, middle].mean() < 3
+        assert np.abs(found - np.asarray(smooth, float))[middle, middle].mean() > 10
 
 
 # --- training -----------------------------------------------------------------------------------------------------
