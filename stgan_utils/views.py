@@ -11,7 +11,7 @@ from stgan_utils.lesions import CLASSES
 
 # The views by which a classifier answers: turned by so many degrees, so many times as much of the image shown. None is
 # the file as it is: what a network learns from has been turned and resampled by `augment`, never so sharp. On lesions
-# that it had not learnt from, these two views gained it more than the file and its flips, four views, did.
+# that it has not learnt from, these two do as well as the file and its flips, four views, or better.
 ASIDE = ((15, 1.15), (195, 0.87))
 _trivial = v2.TrivialAugmentWide()
 _MIX = {
