@@ -10,8 +10,8 @@ from torchvision.transforms import v2
 from stgan_utils.lesions import CLASSES
 
 # The views by which a classifier answers: turned by so many degrees, so many times as much of the image shown. None is
-# the file as it is: what a network learns from has been turned and resampled by `augment`, never so sharp. On lesions
-# that it has not learnt from, these two do as well as the file and its flips, four views, or better.
+# the file as it is: what a network learns from was turned and resampled by `augment`, and is never so sharp. They are
+# half the work of the file and its flips; `benchmarks/views.py` sets both side by side.
 ASIDE = ((15, 1.15), (195, 0.87))
 _trivial = v2.TrivialAugmentWide()
 _MIX = {
