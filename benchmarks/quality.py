@@ -2,7 +2,8 @@
 
 The first perceptual distance named is the reference, in float32: by default LPIPS of VGG-16, as in FastGAN's public
 code. The others compute as we do, in bf16 where the processor has it: by default that of the profile `real-cpu`. Each
-training has a process of its own; they take turns. Judged by KID to held-out real images, which none has learnt from.
+training has a process of its own; they take turns. Judged by KID to held-out real images, which none has learnt from:
+with INCEPTION_WEIGHTS in the features of Inception-v3, which no distance here is taken in.
 Needs a folder of HAM10000, named by the environment variable HAM10000_DIR.
 """
 
@@ -16,23 +17,23 @@ import numpy as np
 from classifier import alone
 from common import write_section
 
-PACKAGES = ("torch", "torchvision", "torchmetrics")
+PACKAGES = ("torch", "torchvision", "torch-fidelity")
+JUDGED = 800  # held-out real images and generated ones: Inception-v3 takes a sixth of a second for each
 
 
-def train(settings, exact, train_images, real_images):
-    """{"kid", "low", "high", "precision", "seconds"} of one training, judged by as many generated as real images.
+def train(settings, exact, images, count):
+    """One training: {"made", "precision", "seconds"}, the first uint8 (count, S, S, 3) images of its generator.
 
     Args:
         settings: keywords of `Stage1Settings`.
         exact: compute in float32 throughout.
-        train_images, real_images: uint8 (N, S, S, 3); the latter are those to be judged by.
+        images: uint8 (N, S, S, 3) to learn from.
+        count: how many to make.
     """
     import torch
 
     from stgan_utils import device, generation, trainer
     from stgan_utils.config import Stage1Settings
-    from stgan_utils.features import feature_extractor
-    from stgan_utils.quality import kid
 
     if exact:
         device.precision = lambda *_: torch.float32
@@ -40,18 +41,18 @@ def train(settings, exact, train_images, real_images):
     computes = str(device.precision(device.pick(), settings.ngf)).removeprefix("torch.")
     with tempfile.TemporaryDirectory() as folder:
         began = perf_counter()
-        gan = trainer.GanTrainer(settings, train_images, Path(folder))
+        gan = trainer.GanTrainer(settings, images, Path(folder))
         gan.run()
         seconds = perf_counter() - began
-    made = generation.sample(gan.ema, settings.seed, range(len(real_images)))
-    extractor = feature_extractor()
-    found = kid(extractor(real_images), extractor(made), settings.seed)
-    return found | {"precision": computes, "seconds": seconds, "features": extractor.name}
+    made = generation.sample(gan.ema, settings.seed, range(count))
+    return {"made": made, "precision": computes, "seconds": seconds}
 
 
 def main():
     from stgan_utils import data
     from stgan_utils.config import PERCEPTUAL, PROFILES, SIZES, Stage1Settings
+    from stgan_utils.features import feature_extractor
+    from stgan_utils.quality import kid
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", type=int, choices=SIZES, default=64, help="side in pixels (default 64)")
@@ -68,18 +69,21 @@ def main():
         return
     table = data.split_by_lesion(data.load_dataset(os.environ["HAM10000_DIR"]))
     images, learns = data.image_cache(table, args.size), (table["split"] == "train").to_numpy()
-    sets = np.asarray(images[learns]), np.asarray(images[~learns])
+    learnt, held_out = np.asarray(images[learns]), np.asarray(images[~learns])[:JUDGED]
+    extractor = feature_extractor()
     lines = ["| distance, precision | seed | KID (95 % interval) | minutes |", "|---|---|---|---|"]
     for seed in range(args.seeds):
         for perceptual in args.perceptual:
             settings = {"size": args.size, "ngf": args.ngf, "iterations": args.iterations, "perceptual": perceptual}
-            found = alone(train, settings | {"seed": seed}, perceptual == args.perceptual[0], *sets)
+            exact = perceptual == args.perceptual[0]
+            run = alone(train, settings | {"seed": seed}, exact, learnt, len(held_out))
+            found = kid(extractor(held_out), extractor(run["made"]), seed)
             shown = "{kid:.4f} ({low:.4f} … {high:.4f})".format(**found)
-            lines.append(f"| {perceptual}, {found['precision']} | {seed} | {shown} | {found['seconds'] / 60:.1f} |")
+            lines.append(f"| {perceptual}, {run['precision']} | {seed} | {shown} | {run['seconds'] / 60:.1f} |")
             print(lines[-1], flush=True)
     body = f"""
-Stage 1 on {len(sets[0]):,} real training images, {args.size} px, width {args.ngf}, batch {Stage1Settings.batch_size},
-{args.iterations:,} iterations; KID in the features of {found["features"]}, {len(sets[1]):,} generated images against as
+Stage 1 on {len(learnt):,} real training images, {args.size} px, width {args.ngf}, batch {Stage1Settings.batch_size},
+{args.iterations:,} iterations; KID in the features of {extractor.name}, {len(held_out):,} generated images against as
 many held-out real ones, lower is better (a network's own features flatter the distance that is taken in them).
 
 {chr(10).join(lines)}

@@ -87,8 +87,9 @@ process to the last. With nothing left to do: **{median(again):.2f} s**. `import
 
 {table}
 
-Imports: of what a notebook needs, up to the opening of its step, and the kernel's end. Steps that ran side by side
-({args.jobs} at most) count in full each.
+Kernel start: the first kernel of each of the workers waits until one process has imported what notebooks need, the
+others are its forks. Imports: what is left of them up to the opening of a step, and the kernel's end. Steps that ran
+side by side ({args.jobs} at most) count in full each.
 """
     print(body)
     write_section(f"The sequence, {args.profile}", body, PACKAGES)

@@ -152,13 +152,20 @@ def _begin_worker():
     # The kernel is this Python, whatever kernels the user has registered, and imports this very package.
     os.environ["JUPYTER_PREFER_ENV_PATH"] = "1"
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
-    threading.Thread(target=_end_with_parent, daemon=True).start()
+    end_with_parent()
 
 
-def _end_with_parent():
-    # A pipeline that was killed must not leave a training behind that writes where the next one writes.
-    connection.wait([parent_process().sentinel])
-    _end(os.getpid())
+def end_with_parent():
+    """Lets this process, one of multiprocessing's, end with all that it started when the one that started it ends.
+
+    A pipeline that was killed must not leave a training behind that writes where the next one writes.
+    """
+
+    def watch():
+        connection.wait([parent_process().sentinel])
+        _end(os.getpid())
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def _end(pid):

@@ -136,6 +136,9 @@ def run_step(step, parameters):
         UserError, runs.Unfinished: as the notebook raised it.
         StepFailed: any other error in a cell, a kernel that died, a notebook that wrote no result.
     """
+    from stgan_utils import kernels
+
+    kernels.prepare()
     import papermill
     from nbclient.exceptions import DeadKernelError
 
@@ -151,6 +154,7 @@ def run_step(step, parameters):
                 progress_bar=False,
                 cwd=str(step.notebook.parent),
                 extra_arguments=["--IPKernelApp.log_level=CRITICAL"],
+                kernel_manager_class=kernels.KernelManager,
             )
         except papermill.PapermillExecutionError as error:
             failure = error

@@ -40,17 +40,11 @@ def class_counts(table):
 
 def image_grid(images, titles=None, columns=8, title=""):
     """Images in rows of `columns`, each with its title where `titles` are given; a remainder row stays open."""
-    images = np.asarray(images)
     columns = min(columns, len(images))
-    rows = -(-len(images) // columns)
-    fig = Figure(figsize=(1.2 * columns, (1.2 if titles is None else 1.45) * rows + 0.4), layout="constrained")
-    axes = fig.subplots(rows, columns, squeeze=False).ravel()
-    for ax in axes:
-        ax.axis("off")
-    for i, (ax, image) in enumerate(zip(axes, images, strict=False)):
-        ax.imshow(image)
-        if titles is not None:
-            ax.set_title(titles[i], fontsize=7)
+    head = 0 if titles is None else 0.2
+    fig, ax = _sheet(columns, -(-len(images) // columns), head)
+    for i, image in enumerate(images):
+        _put(ax, image, i % columns, i // columns, head, titles[i] if titles is not None else "")
     fig.suptitle(f"{title} (n = {len(images)} shown)" if title else "", fontsize=10)
     return fig
 
@@ -62,16 +56,33 @@ def image_rows(rows, title):
         rows: {name: images}, up to 8 of each are shown; the pictures of different rows may differ in size.
     """
     columns = min(8, max(len(images) for images in rows.values()))
-    fig = Figure(figsize=(1.2 * columns + 1.2, 1.25 * len(rows) + 0.4), layout="constrained")
-    for line, (name, images) in zip(fig.subplots(len(rows), columns, squeeze=False), rows.items(), strict=True):
-        line[0].set_ylabel("\n".join(textwrap.wrap(name, 14)), rotation=0, ha="right", va="center", fontsize=9)
-        for ax in line:
-            ax.set(xticks=[], yticks=[])
-            ax.spines[:].set_visible(False)
-        for ax, image in zip(line, images, strict=False):
-            ax.imshow(image)
+    fig, ax = _sheet(1 + columns, len(rows))  # the names are the first column
+    for y, (name, images) in enumerate(rows.items()):
+        ax.text(0.92, y + 0.5, "\n".join(textwrap.wrap(name, 14)), ha="right", va="center", fontsize=9)
+        for x, image in enumerate(images[:columns], 1):
+            _put(ax, image, x, y)
     fig.suptitle(title, fontsize=10)
     return fig
+
+
+def _sheet(columns, rows, head=0):
+    """(figure, axes) for `_put`: one system of axes in which an image is 1 wide, and a row 1 and `head` high.
+
+    A system of its own for every image takes matplotlib seconds for a hundred of them.
+    """
+    fig = Figure(figsize=(1.2 * columns, 1.2 * (1 + head) * rows + 0.4), layout="constrained")
+    ax = fig.subplots()
+    ax.set(xlim=(0, columns), ylim=(rows * (1 + head), 0))
+    ax.axis("off")
+    return fig, ax
+
+
+def _put(ax, image, x, y, head=0, title=""):
+    """An image into column `x` and row `y` of a sheet, `title` in the `head` above it."""
+    limits, top = ax.axis(), y * (1 + head) + head
+    ax.imshow(image, extent=(x + 0.03, x + 0.97, top + 0.97, top + 0.03))
+    ax.axis(limits)  # which imshow sets to the image's
+    ax.text(x + 0.5, top, title, ha="center", va="bottom", fontsize=7)
 
 
 def real_above_generated(real, fake, title):
@@ -83,16 +94,14 @@ def real_above_generated(real, fake, title):
 
 def pairs(images_left, images_right, captions):
     """Each left image beside its right one, `captions` above the pair; three pairs a row."""
-    count = len(captions)
-    columns = min(3, count)
-    rows = -(-count // columns)
-    fig = Figure(figsize=(3.1 * columns, 1.9 * rows), layout="constrained")
-    parts = np.ravel(fig.subfigures(rows, columns, squeeze=False))
-    for part, left, right, caption in zip(parts, images_left, images_right, captions, strict=False):
-        part.suptitle(caption, fontsize=8)
-        for ax, image in zip(part.subplots(1, 2), (left, right), strict=True):
-            ax.imshow(image)
-            ax.axis("off")
+    wide, head = 2.4, 0.2  # of a pair and its distance to the next
+    columns = min(3, len(captions))
+    fig, ax = _sheet(wide * columns - 0.4, -(-len(captions) // columns), head)
+    for i, (left, right, caption) in enumerate(zip(images_left, images_right, captions, strict=True)):
+        x, y = i % columns * wide, i // columns
+        _put(ax, left, x, y, head)
+        _put(ax, right, x + 1, y, head)
+        ax.text(x + 1, y * (1 + head) + head, caption, ha="center", va="bottom", fontsize=8)
     return fig
 
 
