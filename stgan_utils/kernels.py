@@ -3,10 +3,11 @@
 A notebook's imports, most of all torch's, take longer than what many notebooks do. So each worker of a run starts one
 process that imports it all and runs nothing (Python's "forkserver"); its kernels are forks of that one. On a machine
 with a GPU they are programs as ever: what a driver keeps of a process does not survive a fork, and no import promises
-to leave the driver alone.
+to leave the driver alone. So they are off Linux, where libraries of the system forbid it.
 """
 
 import os
+import sys
 from multiprocessing import forkserver, get_context, reduction
 from pathlib import Path
 from unittest.mock import patch
@@ -27,8 +28,8 @@ _context = get_context("forkserver")
 
 
 def may_fork():
-    """Whether this machine has no GPU."""
-    return not any(map(os.path.exists, _GPUS))
+    """Whether this is Linux without a GPU."""
+    return sys.platform == "linux" and not any(map(os.path.exists, _GPUS))
 
 
 def prepare():
