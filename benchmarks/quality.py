@@ -17,6 +17,8 @@ import numpy as np
 from classifier import alone
 from common import write_section
 
+from stgan_utils import files
+
 PACKAGES = ("torch", "torchvision", "torch-fidelity")
 JUDGED = 800  # held-out real images and generated ones: Inception-v3 takes a sixth of a second for each
 
@@ -48,6 +50,18 @@ def train(settings, exact, images, count):
     return {"made": made, "precision": computes, "seconds": seconds}
 
 
+def kept(folder, settings, exact, *args):
+    """What `train` returns for the same arguments in a process of its own, from `folder` where it is there already."""
+    if folder is None:
+        return alone(train, settings, exact, *args)
+    file = folder / ("-".join(map(str, settings.values())) + ".npz")
+    if not file.exists():
+        with files.atomic_path(file) as temporary:
+            np.savez(temporary, **alone(train, settings, exact, *args))
+    with np.load(file) as found:
+        return {"made": found["made"], "precision": str(found["precision"]), "seconds": float(found["seconds"])}
+
+
 def main():
     from stgan_utils import data
     from stgan_utils.config import PERCEPTUAL, PROFILES, SIZES, Stage1Settings
@@ -63,6 +77,7 @@ def main():
     parser.add_argument(
         "--perceptual", choices=PERCEPTUAL, nargs="+", default=compared, help=f"default: {' '.join(compared)}"
     )
+    parser.add_argument("--keep", type=Path, help="folder for what trainings made, so that more seeds go on from there")
     args = parser.parse_args()
     if not os.environ.get("HAM10000_DIR"):
         print("quality: skipped, HAM10000_DIR names no folder of HAM10000.")
@@ -72,15 +87,21 @@ def main():
     learnt, held_out = np.asarray(images[learns]), np.asarray(images[~learns])[:JUDGED]
     extractor = feature_extractor()
     lines = ["| distance, precision | seed | KID (95 % interval) | minutes |", "|---|---|---|---|"]
+    kids = {perceptual: [] for perceptual in args.perceptual}
     for seed in range(args.seeds):
         for perceptual in args.perceptual:
             settings = {"size": args.size, "ngf": args.ngf, "iterations": args.iterations, "perceptual": perceptual}
             exact = perceptual == args.perceptual[0]
-            run = alone(train, settings | {"seed": seed}, exact, learnt, len(held_out))
+            run = kept(args.keep, settings | {"seed": seed}, exact, learnt, len(held_out))
             found = kid(extractor(held_out), extractor(run["made"]), seed)
             shown = "{kid:.4f} ({low:.4f} … {high:.4f})".format(**found)
             lines.append(f"| {perceptual}, {run['precision']} | {seed} | {shown} | {run['seconds'] / 60:.1f} |")
             print(lines[-1], flush=True)
+            kids[perceptual].append(found["kid"])
+    lines += [
+        f"| {perceptual} | all | {np.mean(of):.4f} ({min(of):.4f} – {max(of):.4f}, lowest and highest) | |"
+        for perceptual, of in kids.items()
+    ]
     body = f"""
 Stage 1 on {len(learnt):,} real training images, {args.size} px, width {args.ngf}, batch {Stage1Settings.batch_size},
 {args.iterations:,} iterations; KID in the features of {extractor.name}, {len(held_out):,} generated images against as
