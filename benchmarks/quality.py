@@ -54,7 +54,7 @@ def kept(folder, settings, exact, *args):
     """What `train` returns for the same arguments in a process of its own, from `folder` where it is there already."""
     if folder is None:
         return alone(train, settings, exact, *args)
-    file = folder / ("-".join(map(str, settings.values())) + ".npz")
+    file = folder / ("-".join(map(str, (*settings.values(), "exact" if exact else "ours"))) + ".npz")
     if not file.exists():
         with files.atomic_path(file) as temporary:
             np.savez(temporary, **alone(train, settings, exact, *args))

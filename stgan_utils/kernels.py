@@ -6,6 +6,7 @@ with a GPU they are programs as ever: what a driver keeps of a process does not 
 to leave the driver alone. So they are off Linux, where libraries of the system forbid it.
 """
 
+import contextlib
 import os
 import sys
 from multiprocessing import forkserver, get_context, reduction
@@ -77,7 +78,9 @@ class _Process:
         return self.poll()
 
     def send_signal(self, number):
-        os.kill(self.pid, number)
+        if self.poll() is None:
+            with contextlib.suppress(ProcessLookupError):  # it has ended since
+                os.kill(self.pid, number)
 
 
 class _StandardError:

@@ -41,10 +41,13 @@ def class_counts(table):
 def image_grid(images, titles=None, columns=8, title=""):
     """Images in rows of `columns`, each with its title where `titles` are given; a remainder row stays open."""
     columns = min(columns, len(images))
-    head = 0 if titles is None else 0.2
-    fig, ax = _sheet(columns, -(-len(images) // columns), head)
+    high = 1 if titles is None else 1.2  # of an image and its title
+    fig, ax = _sheet(columns, -(-len(images) // columns) * high)
     for i, image in enumerate(images):
-        _put(ax, image, i % columns, i // columns, head, titles[i] if titles is not None else "")
+        x, top = i % columns, (i // columns + 1) * high - 1
+        _put(ax, image, x, top)
+        if titles is not None:
+            ax.text(x + 0.5, top, titles[i], ha="center", va="bottom", fontsize=7)
     fig.suptitle(f"{title} (n = {len(images)} shown)" if title else "", fontsize=10)
     return fig
 
@@ -65,24 +68,23 @@ def image_rows(rows, title):
     return fig
 
 
-def _sheet(columns, rows, head=0):
-    """(figure, axes) for `_put`: one system of axes in which an image is 1 wide, and a row 1 and `head` high.
+def _sheet(width, height):
+    """(figure, axes) for `_put`: one system of axes whose unit is an image's side, y downwards.
 
     A system of its own for every image takes matplotlib seconds for a hundred of them.
     """
-    fig = Figure(figsize=(1.2 * columns, 1.2 * (1 + head) * rows + 0.4), layout="constrained")
+    fig = Figure(figsize=(1.2 * width, 1.2 * height + 0.4), layout="constrained")
     ax = fig.subplots()
-    ax.set(xlim=(0, columns), ylim=(rows * (1 + head), 0))
+    ax.set(xlim=(0, width), ylim=(height, 0))
     ax.axis("off")
     return fig, ax
 
 
-def _put(ax, image, x, y, head=0, title=""):
-    """An image into column `x` and row `y` of a sheet, `title` in the `head` above it."""
-    limits, top = ax.axis(), y * (1 + head) + head
-    ax.imshow(image, extent=(x + 0.03, x + 0.97, top + 0.97, top + 0.03))
+def _put(ax, image, x, y):
+    """An image onto a sheet, its left upper corner at (`x`, `y`)."""
+    limits = ax.axis()
+    ax.imshow(image, extent=(x + 0.03, x + 0.97, y + 0.97, y + 0.03))
     ax.axis(limits)  # which imshow sets to the image's
-    ax.text(x + 0.5, top, title, ha="center", va="bottom", fontsize=7)
 
 
 def real_above_generated(real, fake, title):
@@ -94,14 +96,14 @@ def real_above_generated(real, fake, title):
 
 def pairs(images_left, images_right, captions):
     """Each left image beside its right one, `captions` above the pair; three pairs a row."""
-    wide, head = 2.4, 0.2  # of a pair and its distance to the next
+    wide, high = 2.4, 1.2  # of a pair and its distance to the next, and of its caption
     columns = min(3, len(captions))
-    fig, ax = _sheet(wide * columns - 0.4, -(-len(captions) // columns), head)
-    for i, (left, right, caption) in enumerate(zip(images_left, images_right, captions, strict=True)):
-        x, y = i % columns * wide, i // columns
-        _put(ax, left, x, y, head)
-        _put(ax, right, x + 1, y, head)
-        ax.text(x + 1, y * (1 + head) + head, caption, ha="center", va="bottom", fontsize=8)
+    fig, ax = _sheet(wide * columns - 0.4, -(-len(captions) // columns) * high)
+    for i, (left, right, caption) in enumerate(zip(images_left, images_right, captions, strict=False)):
+        x, top = i % columns * wide, (i // columns + 1) * high - 1
+        _put(ax, left, x, top)
+        _put(ax, right, x + 1, top)
+        ax.text(x + 1, top, caption, ha="center", va="bottom", fontsize=8)
     return fig
 
 

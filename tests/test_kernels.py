@@ -79,6 +79,14 @@ def test_forks_share_nothing(tmp_path):
     assert first == second == "nothing\n"
 
 
+def test_a_signal_to_a_fork_that_has_ended_is_none(tmp_path):
+    kernels.prepare()
+    process = kernels._Process(["--version"], dict(os.environ), tmp_path, kernels._StandardError())
+    assert process.wait() == 0
+    process.send_signal(signal.SIGKILL)
+    assert process.poll() == 0
+
+
 def test_a_fork_ends_when_the_process_that_started_it_is_killed(tmp_path):
     source = "import os, time; open('pid', 'w').write(str(os.getpid())); time.sleep(600)"
     script = f"from pathlib import Path; import test_kernels; test_kernels.execute({source!r}, Path.cwd())"
