@@ -11,6 +11,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import pandas as pd
 from sklearn.model_selection import StratifiedGroupKFold
 
@@ -28,7 +29,7 @@ RECIPE = {"size": 96, "epochs": 5, "frozen_blocks": 4}
 # The one that is released: no arm of the comparison, it is larger and trained for longer, small images first.
 RELEASE, FIRST_PHASE = "release", "release-160px"
 # Its teachers: as many networks of the first phase's recipe, each trained without one of so many parts of the train
-# split, so that they err differently.
+# split. What they answer there is what an honest guess looks like.
 TEACHERS = 5
 
 
@@ -45,7 +46,7 @@ class Arm(NamedTuple):
     prior: str = "real"
     # The arm whose weights it begins with: it is the second phase of that one.
     after: str = ""
-    # Half of the loss is what the networks of `teach` say together.
+    # Half of the loss are the answers of networks that have not learnt from the image, `teach`.
     taught: bool = False
 
 
@@ -68,8 +69,7 @@ ARMS = {
     ),
     RELEASE: Arm(
         "the released recipe",
-        ADJUSTED
-        | {"size": 224, "epochs": 8, "learning_rate": 5e-4, "augmentation": "strong", "mix": "half", "views": 2},
+        ADJUSTED | {"size": 224, "epochs": 16, "learning_rate": 5e-4, "augmentation": "strong", "views": 2},
         after=FIRST_PHASE,
         taught=True,
     ),
@@ -121,8 +121,8 @@ def train(name, run_dir, seed):
     rows = {split: table.index[table["split"] == split] for split in ("train", "val", "test")}
     began = time.monotonic()
     prior = rows["train"] if arm.prior == "mix" else table.index[(table["split"] == "train") & ~table["synthetic"]]
-    teachers = teach(run_dir) if arm.taught else []
-    history = finetune.train(settings, images, table["label"], rows["train"], rows["val"], folder, prior, teachers)
+    taught = _answers_of_others(teach(run_dir), real) if arm.taught else None
+    history = finetune.train(settings, images, table["label"], rows["train"], rows["val"], folder, prior, taught=taught)
     model = Classifier.load(folder / finetune.MODEL_FILE).to(device.pick())
     judged = rows["val"].append(rows["test"])
     answers = model.predict_proba(images, judged)
@@ -133,7 +133,7 @@ def train(name, run_dir, seed):
     counts = table[table["split"] == "train"].groupby(["label", "synthetic"]).size().unstack(fill_value=0)
     images_of = {kind: {code: int(counts.loc[code].get(made, 0)) for code in CLASSES} for kind, made in KINDS.items()}
     validation = {"epoch": int(best["epoch"]), "balanced_accuracy": float(best["val_balanced_accuracy"])}
-    result = _result(name, settings, folder, images_of, teachers, began)
+    result = _result(name, settings, folder, images_of, began)
     write_json(folder / "result.json", result | {"validation": validation})
     return folder
 
@@ -144,7 +144,8 @@ def refit(name, run_dir):
     Half as many epochs: it begins where the arm ended.
 
     The held-out lesions are among them, so nothing is left to judge it by: its figures are those of the arm itself,
-    `findings.judge`. The temperature is that one's as well. A taught arm stays taught, by the same networks.
+    `findings.judge`. The temperature is that one's as well. A taught arm stays taught: held-out images by all teachers
+    and by the arm's own seed 0, since none of these has learnt from them.
 
     Returns:
         The folder, `run_dir/arms/NAME/refit`: model.safetensors, history.csv, result.json.
@@ -166,19 +167,22 @@ def refit(name, run_dir):
     folder = run_dir / "arms" / name / "refit"
     images = data.image_cache(real, settings.size)
     began = time.monotonic()
-    teachers = teach(run_dir) if arm.taught else []
-    finetune.train(settings, images, real["label"], real.index, None, folder, teachers=teachers)
+    teachers = teach(run_dir) | {source / finetune.MODEL_FILE: real["split"] == "train"} if arm.taught else {}
+    taught = _answers_of_others(teachers, real) if arm.taught else None
+    finetune.train(settings, images, real["label"], real.index, None, folder, taught=taught)
     counts = real["label"].value_counts()
-    images_of = {"real": {code: int(counts[code]) for code in CLASSES}}
-    write_json(folder / "result.json", _result(name, settings, folder, images_of, teachers, began))
+    result = _result(name, settings, folder, {"real": {code: int(counts[code]) for code in CLASSES}}, began)
+    taught_by = {str(path.relative_to(run_dir)): sha256(path) for path in teachers}
+    write_json(folder / "result.json", result | {"taught_by": taught_by})
     return folder
 
 
 def teach(run_dir):
-    """Train the `TEACHERS`, each on the train split without one part of it.
+    """Train the `TEACHERS` on the train split, cross-fitted: every lesion is left out by one of them.
 
     Returns:
-        Their files, in `run_dir/arms/teachers/partN`; those that are there are left alone.
+        {model file: rows of the run's dataset table that it has learnt from, bool (N,)}, the files in
+        `run_dir/arms/teachers/partN`; those that are there are left alone.
     """
     run_dir = Path(run_dir)
     real = real_table(run_dir)
@@ -186,12 +190,12 @@ def teach(run_dir):
     parts = StratifiedGroupKFold(TEACHERS, shuffle=True, random_state=0).split(
         train_rows, real.loc[train_rows, "label"], real.loc[train_rows, "lesion_id"]
     )
-    files = []
+    files = {}
     for part, (kept, _) in enumerate(parts):
         settings = _settings(_arm(FIRST_PHASE), part, None, views=2)
         folder = run_dir / "arms" / "teachers" / f"part{part}"
         finetune.train(settings, data.image_cache(real, settings.size), real["label"], train_rows[kept], None, folder)
-        files.append(folder / finetune.MODEL_FILE)
+        files[folder / finetune.MODEL_FILE] = real.index.isin(train_rows[kept])
     return files
 
 
@@ -230,18 +234,28 @@ def _arm(name):
     return ARMS[name]
 
 
+def _answers_of_others(networks, table):
+    """For each image the mean probabilities (N, classes) of those `networks`, {file: rows learnt from}, that do not
+    know it; columns in the order of `CLASSES`."""
+    total, asked = np.zeros((len(table), len(CLASSES))), np.zeros((len(table), 1))
+    for file, learnt in networks.items():
+        model, rows = Classifier.load(file).fused().to(device.pick()), np.flatnonzero(~np.asarray(learnt))
+        total[rows] += model.predict_proba(data.image_cache(table, model.size), rows)[list(CLASSES)].to_numpy()
+        asked[rows] += 1
+    return total / asked
+
+
 def _settings(arm, seed, before, **more):
     continue_from = str(before / finetune.MODEL_FILE) if before else ""
     return ClassifierSettings(**{**RECIPE, **arm.settings, **more, "seed": seed, "continue_from": continue_from})
 
 
-def _result(name, settings, folder, images, teachers, began):
+def _result(name, settings, folder, images, began):
     return {
         "arm": name,
         "text": ARMS[name].text,
         "settings": asdict(settings),
         "training_images": images,
-        "taught_by": {f"{path.parts[-3]}/{path.parts[-2]}": sha256(path) for path in teachers},
         "backbone": Classifier.load(folder / finetune.MODEL_FILE).settings["backbone"],
         "model_sha256": sha256(folder / finetune.MODEL_FILE),
         "seconds": time.monotonic() - began,

@@ -15,7 +15,7 @@ CHOICES = {  # of the classifier
     "pretrained": ("auto", "none"),
     "sampling": ("natural", "balanced"),
     "augmentation": ("standard", "strong", "trivial"),
-    "mix": ("none", "mixup", "cutmix", "half"),
+    "mix": ("none", "mixup", "cutmix"),
 }
 
 

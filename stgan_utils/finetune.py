@@ -20,7 +20,7 @@ from stgan_utils.backbone import load_backbone
 from stgan_utils.classifier import Classifier, to_float
 from stgan_utils.config import UserError
 from stgan_utils.evaluation import balanced_accuracy
-from stgan_utils.files import atomic_path, sha256
+from stgan_utils.files import atomic_path
 from stgan_utils.lesions import CLASSES
 from stgan_utils.views import augment, mix, trivial_augment
 
@@ -59,7 +59,7 @@ def fitted_temperature(logits, targets):
     return math.exp(minimize_scalar(cost, bounds=(-3, 3), method="bounded").x)
 
 
-def train(settings, images, labels, train_rows, val_rows, out_dir, prior_rows=None, teachers=(), on_epoch=None):
+def train(settings, images, labels, train_rows, val_rows, out_dir, prior_rows=None, taught=None, on_epoch=None):
     """Fine-tune on `train_rows`; the weights of the epoch best on `val_rows` go to `out_dir/model.safetensors`.
 
     AdamW, short warm-up, cosine to 0; pretrained layers learn at 0.3 of the head's rate. Judged and saved is the
@@ -77,9 +77,8 @@ def train(settings, images, labels, train_rows, val_rows, out_dir, prior_rows=No
         prior_rows: rows whose class shares logit adjustment makes up for; `train_rows` by default. The real ones of
             them where generated images join: a network that can tell both kinds apart has learnt from the real ones
             alone how common each class is among real images.
-        teachers: files of classifiers. Half of the loss is then the cross-entropy with what they say together of the
-            very view that the network sees, each at its own size ("function matching", L. Beyer et al., "Knowledge
-            distillation: a good teacher is patient and consistent", CVPR 2022).
+        taught: (N, classes) probabilities that other networks give the images, in the order of `CLASSES`: half of the
+            loss is then the cross-entropy with them (G. Hinton et al., arXiv:1503.02531). Not together with `mix`.
         on_epoch: called with the history after each epoch.
 
     Returns:
@@ -116,9 +115,9 @@ def train(settings, images, labels, train_rows, val_rows, out_dir, prior_rows=No
 
     sets = {"train": train_rows, "val": val_rows, "prior": prior_rows}
     run = model.settings | {name: _digest(labels, rows) for name, rows in sets.items()}
-    if teachers:
-        run["teachers"] = [sha256(file) for file in teachers]
-    teachers = [Classifier.load(file).fused().to(place) for file in teachers]
+    if taught is not None:
+        taught = torch.from_numpy(np.asarray(taught, np.float32))
+        run["taught"] = zlib.crc32(taught.numpy().tobytes())
     history = _resume(out_dir / CHECKPOINT_FILE, run, model, average, optimizer)
     for epoch in range(len(history), settings.epochs):
         # What an epoch draws depends on its number alone: a resumed run needs no generator's state.
@@ -135,10 +134,9 @@ def train(settings, images, labels, train_rows, val_rows, out_dir, prior_rows=No
             batch, wanted = mix(batch, targets[rows].to(place), settings.mix)
             with device.autocast(place, WIDTH):
                 logits = model(batch)
-                told = _told(teachers, batch) if teachers else None
             loss = adjusted_loss(logits, wanted, adjustment, settings.label_smoothing)
-            if teachers:
-                loss = (loss + F.cross_entropy(logits.float(), told)) / 2
+            if taught is not None:
+                loss = (loss + F.cross_entropy(logits.float(), taught[rows].to(place))) / 2
             optimizer.zero_grad()
             scaler.scale(loss).backward()
             scaler.step(optimizer)
@@ -202,16 +200,6 @@ def _start(settings, place):
     model.answering = {"views": settings.views, "temperature": settings.temperature}
     model.features[: settings.frozen_blocks].requires_grad_(False)
     return model.to(place, memory_format=torch.channels_last), learnt
-
-
-@torch.no_grad()
-def _told(teachers, views):
-    """Probabilities (N, classes) that teachers give to views, float (N, 3, S, S): those of the mean of their logits."""
-    logits = 0
-    for teacher in teachers:
-        seen = F.interpolate(views, size=(teacher.size, teacher.size), mode="bilinear", antialias=True)
-        logits = logits + teacher(seen).float()[:, [teacher.classes.index(code) for code in CLASSES]]
-    return (logits / len(teachers)).softmax(1)
 
 
 def _train_mode(model, settings):

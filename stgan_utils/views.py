@@ -76,21 +76,9 @@ def mix(images, targets, kind):
     Args:
         images: float (N, 3, S, S).
         targets: class numbers (N,).
-        kind: "mixup" (H. Zhang et al., ICLR 2018, α = 0.2), "cutmix" (S. Yun et al., ICCV 2019, α = 1), "half" (half of
-            the images, on average, each mixed with another in shares of its own, any as likely as any other) or "none".
+        kind: "mixup" (H. Zhang et al., ICLR 2018, α = 0.2), "cutmix" (S. Yun et al., ICCV 2019, α = 1) or "none".
 
     Returns:
         (images, targets): float (N, 3, S, S), and class shares (N, classes) or, for "none", the class numbers.
     """
-    if kind == "none":
-        return images, targets
-    return _mix_half(images, targets) if kind == "half" else _MIX[kind](images, targets)
-
-
-def _mix_half(images, targets):
-    own, mixed = torch.rand(2, len(images), 1, device=images.device)
-    own = torch.where(mixed < 0.5, own, 1.0)
-    other = torch.randperm(len(images), device=images.device)
-    shares = F.one_hot(targets, len(CLASSES)).float()
-    pixels = own[:, :, None, None]
-    return pixels * images + (1 - pixels) * images[other], own * shares + (1 - own) * shares[other]
+    return (images, targets) if kind == "none" else _MIX[kind](images, targets)

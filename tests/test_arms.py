@@ -144,9 +144,9 @@ def test_refit_takes_every_real_image_and_the_temperature_of_the_split_run(run_d
         arms.refit("release", run_dir)
     arms.train("release", run_dir, 0)
     folder = arms.refit("release", run_dir)
-    for trained in (folder, folder.parent / "seed0"):
-        taught_by = files.read_json(trained / "result.json")["taught_by"]
-        assert taught_by == {f"teachers/part{i}": files.sha256(file) for i, file in enumerate(arms.teach(run_dir))}
+    taught_by = files.read_json(folder / "result.json")["taught_by"]
+    teachers = [f"teachers/part{i}" for i in range(arms.TEACHERS)] + ["release/seed0"]
+    assert list(taught_by) == [f"arms/{name}/model.safetensors" for name in teachers]
     judged = classifier.Classifier.load(run_dir / "arms" / "release" / "seed0" / "model.safetensors")
     refitted = classifier.Classifier.load(folder / "model.safetensors")
     assert refitted.size == judged.size == 48
@@ -167,19 +167,31 @@ def test_refit_takes_every_real_image_and_the_temperature_of_the_split_run(run_d
     assert len(pictures) >= 5 and all((page.parent / picture).stat().st_size for picture in pictures)
 
 
-def test_teachers_have_not_learnt_from_held_out_lesions_and_differ(run_dir, monkeypatch):
+def test_a_taught_arm_hears_of_each_image_only_who_does_not_know_it(run_dir, monkeypatch):
     table = data.read_table(run_dir / "00_start_here" / "table.csv")
+    teachers = arms.teach(run_dir)
+    learnt = np.stack(list(teachers.values()))
     in_train = (table["split"] == "train").to_numpy()
-    files_ = arms.teach(run_dir)
-    written = [file.stat().st_mtime_ns for file in files_]
-    learnt = []
-    train = finetune.train
-    monkeypatch.setattr(finetune, "train", lambda *a, **k: learnt.append(table.index.isin(a[3])) or train(*a, **k))
-    assert arms.teach(run_dir) == files_ and [file.stat().st_mtime_ns for file in files_] == written
-    assert (np.sum(learnt, axis=0) == np.where(in_train, arms.TEACHERS - 1, 0)).all()
+    assert (learnt.sum(0) == np.where(in_train, arms.TEACHERS - 1, 0)).all()
     for rows in learnt:  # whole lesions, and every class
         assert not set(table["lesion_id"][rows]) & set(table["lesion_id"][in_train & ~rows])
         assert set(table["label"][rows]) == set(CLASSES)
+    written = [file.stat().st_mtime_ns for file in teachers]
+    assert [file.stat().st_mtime_ns for file in arms.teach(run_dir)] == written
+
+    heard = {}  # the last training is that of the arm itself
+    train = finetune.train
+    monkeypatch.setattr(finetune, "train", lambda *a, **k: heard.update(k) or train(*a, **k))
+    shutil.rmtree(run_dir / "arms" / "release", ignore_errors=True)
+    arms.train("release", run_dir, 0)
+    answers = [classifier.Classifier.load(file) for file in teachers]
+    pictures = data.image_cache(table, answers[0].size)
+    each = np.stack([model.predict_proba(pictures)[list(CLASSES)] for model in answers])
+    told = heard["taught"]
+    row = int(np.flatnonzero(in_train)[0])
+    (outsider,) = np.flatnonzero(~learnt[:, row])
+    assert np.allclose(told[row], each[outsider, row], atol=1e-5)
+    assert np.allclose(told[~in_train], each[:, ~in_train].mean(0), atol=1e-5)
 
 
 def test_tasks_for_an_engine_name_their_folders_and_wait_for_a_first_phase(run_dir):
