@@ -14,9 +14,8 @@ run: $(VENV)/installed
 quick: $(VENV)/installed
 	$(PYTHON) -m stgan_utils run --data phantom --profile quick --out runs/quick --jobs $(JOBS)
 
-# One worker more than cores: the longest tests wait for the processes that they start.
 test: $(VENV)/installed-dev
-	OMP_NUM_THREADS=1 $(PYTHON) -m pytest -n $$(($$(nproc) + 1)) --dist loadfile --no-loadscope-reorder
+	OMP_NUM_THREADS=1 $(PYTHON) -m pytest -n auto --dist loadfile
 
 lint: $(VENV)/installed-dev
 	$(PYTHON) -m ruff check .

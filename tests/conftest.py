@@ -8,14 +8,6 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 
 
-# Files that take minutes: begun last, they would be waited for.
-LONG = ("test_sequence.py", "test_ray_engine.py", "test_pipeline.py", "test_places.py", "test_trainer.py")
-
-
-def pytest_collection_modifyitems(items):
-    items.sort(key=lambda item: LONG.index(item.path.name) if item.path.name in LONG else len(LONG))
-
-
 @pytest.fixture(scope="session", autouse=True)
 def own_cache(tmp_path_factory):
     """Decoded images go to a folder of this test run, not into the user's cache."""
