@@ -99,7 +99,7 @@ def pairs(images_left, images_right, captions):
     wide, high = 2.4, 1.2  # of a pair and its distance to the next, and of its caption
     columns = min(3, len(captions))
     fig, ax = _sheet(wide * columns - 0.4, -(-len(captions) // columns) * high)
-    for i, (left, right, caption) in enumerate(zip(images_left, images_right, captions, strict=False)):
+    for i, (left, right, caption) in enumerate(zip(images_left, images_right, captions, strict=True)):
         x, top = i % columns * wide, (i // columns + 1) * high - 1
         _put(ax, left, x, top)
         _put(ax, right, x + 1, top)
