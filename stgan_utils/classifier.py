@@ -30,14 +30,16 @@ class Classifier(nn.Module):
         preprocessing: {"size": side in pixels, "mean": [3], "std": [3]}, the last two for images in [0, 1].
         classes: class codes in the order of the outputs.
         answering: {"views": 1, it looks at the image as it is, or 2, it averages the logits of the views `views.ASIDE`;
-            "temperature": what the logits are divided by before they become probabilities (C. Guo et al., ICML 2017)}.
+            "temperature": what the logits are divided by before they become probabilities (C. Guo et al., ICML 2017);
+            "weights": {class code: what its probability is multiplied by before all are scaled to sum to 1}, 1 for a
+            class that is not named}.
         features: feature layers to start from, or None for random ones.
         settings: what it was trained with; kept in the file, used nowhere.
     """
 
     def __init__(self, preprocessing, classes=CLASSES, features=None, settings=None, answering=None):
         super().__init__()
-        self.answering = {"views": 1, "temperature": 1.0} | (answering or {})
+        self.answering = {"views": 1, "temperature": 1.0, "weights": {}} | (answering or {})
         self.preprocessing, self.classes, self.settings = preprocessing, tuple(classes), settings or {}
         self.features = features or mobilenet_v2(weights=None).features
         self.head = nn.Sequential(nn.Dropout(0.2), nn.Linear(CHANNELS, len(self.classes)))
@@ -47,6 +49,11 @@ class Classifier(nn.Module):
     @property
     def size(self):
         return self.preprocessing["size"]
+
+    @property
+    def log_weights(self):
+        """Natural logarithms of the weights that it answers with, (classes,) float64."""
+        return torch.tensor([self.answering["weights"].get(code, 1.0) for code in self.classes]).double().log()
 
     def forward(self, images):
         """Logits (N, classes) of raw images: uint8 (N, S, S, 3), or float (N, 3, S, S) in [0, 1] after augmentation."""
@@ -68,7 +75,7 @@ class Classifier(nn.Module):
             batch_size: images at a time.
         """
         logits = self.logits(images, rows, batch_size).double() / self.answering["temperature"]
-        return pd.DataFrame(logits.softmax(1).numpy(), columns=list(self.classes))
+        return pd.DataFrame((logits + self.log_weights).softmax(1).numpy(), columns=list(self.classes))
 
     @torch.inference_mode()
     def logits(self, images, rows=None, batch_size=64):

@@ -160,6 +160,8 @@ class ClassifierSettings:
     # fitted to validation images.
     views: int = 1
     temperature: float = 1.0
+    # What its answers aim at: this share of accuracy, the rest balanced accuracy (`finetune.class_weights`).
+    accuracy_share: float = 0.0
     bootstrap: int = 1000  # resamples behind every interval
 
     def __post_init__(self):
@@ -170,6 +172,11 @@ class ClassifierSettings:
             _require(getattr(self, name) >= 0, f"{name} is {getattr(self, name)}, it must not be negative.")
         _require(self.temperature > 0, f"temperature is {self.temperature}, it must be above 0.")
         _require(self.views in (1, 2), f"views is {self.views}, it must be 1 or 2.")
+        _require(0 <= self.accuracy_share <= 1, f"accuracy_share is {self.accuracy_share}, it must be in 0 … 1.")
+        _require(
+            not self.accuracy_share or self.logit_adjustment == 1,
+            f"accuracy_share is {self.accuracy_share}: it weighs balanced answers, which need logit_adjustment = 1.",
+        )
         for name, choices in CHOICES.items():
             value = getattr(self, name)
             _require(value in choices, f"{name} is {value!r}, it must be one of {', '.join(choices)}.")

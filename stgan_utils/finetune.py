@@ -44,17 +44,37 @@ def adjusted_loss(logits, targets, adjustment, label_smoothing=0.0):
     return F.cross_entropy(logits.float() + adjustment, targets, label_smoothing=label_smoothing)
 
 
-def fitted_temperature(logits, targets):
-    """The temperature T for which softmax(logits / T) has the lowest cross-entropy (C. Guo et al., ICML 2017).
+def class_weights(accuracy_share, log_prior):
+    """What to multiply balanced answers by, so that the arg max is the best one for both measures of accuracy.
+
+    A right answer to an image of class y adds (1 - a) / (K π_y) + a to (1 - a) · balanced accuracy + a · accuracy, K
+    classes of which y has the share π_y: the best answer is the largest P(y | image) times that (as in A. K. Menon et
+    al., ICLR 2021, for a = 0). Logit adjustment leaves P(y | image) / π_y, so (1 - a) / K + a π_y is what is missing.
+
+    Args:
+        accuracy_share: a, 0 … 1.
+        log_prior: natural logarithms of π, (classes,).
+
+    Returns:
+        {class code: weight}, 1 for each where a = 0.
+    """
+    weights = 1 - accuracy_share + accuracy_share * len(CLASSES) * log_prior.double().exp()
+    return dict(zip(CLASSES, weights.tolist(), strict=True))
+
+
+def fitted_temperature(logits, targets, log_weights=0.0):
+    """The temperature T for which softmax(logits / T + log_weights) has the lowest cross-entropy (C. Guo et al., ICML
+    2017).
 
     Args:
         logits: (N, classes) of images that were not trained on.
         targets: class numbers (N,).
+        log_weights: (classes,), `Classifier.log_weights`.
     """
     targets = torch.as_tensor(targets)
 
     def cost(log_temperature):
-        return F.cross_entropy(logits.double() / math.exp(log_temperature), targets).item()
+        return F.cross_entropy(logits.double() / math.exp(log_temperature) + log_weights, targets).item()
 
     return math.exp(minimize_scalar(cost, bounds=(-3, 3), method="bounded").x)
 
@@ -95,15 +115,16 @@ def train(settings, images, labels, train_rows, val_rows, out_dir, prior_rows=No
     _check_sets(settings, labels, train_rows, val_rows)
     place = device.pick()
     torch.manual_seed(settings.seed)
-    model, learnt = _start(settings, place)
+    prior_rows = train_rows if prior_rows is None else np.asarray(prior_rows)
+    prior = log_prior(targets[prior_rows])
+    model, learnt = _start(settings, prior, place)
     optimizer = _optimizer(model, settings, 0.3 if learnt else 1.0)
     scaler = torch.amp.GradScaler(place.type, enabled=device.precision(place) is torch.float16)
     steps = min(len(train_rows), settings.epoch_images or len(train_rows)) // settings.batch_size
     total = steps * settings.epochs
     # The average reaches back over about a twentieth of the run.
     average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(1 - 1 / max(1, total / 20)))
-    prior_rows = train_rows if prior_rows is None else np.asarray(prior_rows)
-    adjustment = (settings.logit_adjustment * log_prior(targets[prior_rows])).to(place)
+    adjustment = (settings.logit_adjustment * prior).to(place)
 
     reach = STRONG if settings.augmentation == "strong" else 1.0
 
@@ -186,7 +207,7 @@ def _check_sets(settings, labels, train_rows, val_rows):
         raise UserError("No validation images to choose the best epoch by: enlarge the data or its validation share.")
 
 
-def _start(settings, place):
+def _start(settings, prior, place):
     """(the model to begin with, whether it has learnt something before)."""
     if settings.continue_from:
         model = Classifier.load(settings.continue_from)
@@ -197,7 +218,8 @@ def _start(settings, place):
         model = Classifier({"size": settings.size, **pretrained.preprocessing}, features=pretrained.features)
         name, learnt = pretrained.name, pretrained.sha256 is not None
     model.settings = asdict(settings) | {"backbone": name}
-    model.answering = {"views": settings.views, "temperature": settings.temperature}
+    weights = class_weights(settings.accuracy_share, prior)
+    model.answering = {"views": settings.views, "temperature": settings.temperature, "weights": weights}
     model.features[: settings.frozen_blocks].requires_grad_(False)
     return model.to(place, memory_format=torch.channels_last), learnt
 
@@ -252,7 +274,7 @@ def _validate(model, images, labels, rows):
 
 def _calibrate(path, images, targets, val_rows, place):
     model = Classifier.load(path).to(place)
-    temperature = fitted_temperature(model.logits(images, val_rows), targets[val_rows])
+    temperature = fitted_temperature(model.logits(images, val_rows), targets[val_rows], model.log_weights)
     if model.answering["temperature"] != temperature:  # else a finished run is only looked at
         model.answering["temperature"] = temperature
         model.save(path)

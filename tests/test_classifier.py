@@ -66,6 +66,38 @@ def test_adjusted_loss_closed_form():
     assert silent == pytest.approx(-(prior * prior.log()).sum().item(), rel=1e-5)
 
 
+def test_no_other_answers_are_better_for_the_mean_of_both_accuracies():
+    """Against every other way to weigh classes, on a problem whose true posteriors are known."""
+    rng = np.random.default_rng(0)
+    prior = np.array([0.03, 0.04, 0.1, 0.01, 0.08, 0.72, 0.02])
+    truth = rng.choice(7, 200_000, p=prior)
+    distances = (rng.normal(0, 1, (len(truth), 6)) + np.eye(7, 6)[truth] * 1.5)[:, None] - np.eye(7, 6) * 1.5
+    likelihood = np.exp(-(distances**2).sum(2) / 2)  # what logit adjustment leaves: P(y | image) / π_y, up to a factor
+
+    def gain(share, weights):
+        right = (likelihood * weights).argmax(1) == truth
+        return (1 - share) * np.mean([right[truth == y].mean() for y in range(7)]) + share * right.mean()
+
+    log_prior = torch.log(torch.tensor(prior))
+    for share in (0, 0.15, 0.5, 1):
+        weights = finetune.class_weights(share, log_prior)
+        assert list(weights) == list(CLASSES)
+        ours = np.array(list(weights.values()))
+        best = max(gain(share, ours * np.exp(rng.normal(0, 0.5, 7))) for _ in range(30))
+        assert gain(share, ours) > best - 2e-3
+    assert set(finetune.class_weights(0, log_prior).values()) == {1.0}
+    assert np.allclose(ours / ours.sum(), prior)  # accuracy alone: the prior put back
+
+
+def test_temperature_is_found_again_below_class_weights():
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(20_000, 7, generator=generator).double() * 2
+    weights = torch.tensor([1, 2, 0.5, 1, 3, 8, 0.7]).double().log()
+    targets = (logits + weights).softmax(1).multinomial(1, generator=generator)[:, 0]
+    assert finetune.fitted_temperature(logits * 3, targets, weights) == pytest.approx(3, rel=0.03)
+    assert finetune.fitted_temperature(logits * 3, targets) != pytest.approx(3, rel=0.1)
+
+
 # --- order and scaling --------------------------------------------------------------------------------------------
 
 
@@ -160,6 +192,24 @@ def test_answers_by_two_views_are_their_mean(model, pictures):
     torch.testing.assert_close(model.logits(pictures), (first + second) / 2, atol=1e-3, rtol=0)
 
 
+def test_weights_multiply_what_it_answers_by_name(model, pictures, tmp_path):
+    even = model.predict_proba(pictures)
+    model.answering["weights"] = {"NV": 4.0, "DF": 0.5}
+    model.save(tmp_path / "model.safetensors")
+    expected = even.assign(NV=even["NV"] * 4, DF=even["DF"] / 2)
+    expected = expected.div(expected.sum(axis=1), axis=0)
+    loaded = clf.Classifier.load(tmp_path / "model.safetensors")
+    pd.testing.assert_frame_equal(loaded.predict_proba(pictures), expected)
+    pd.testing.assert_frame_equal(loaded.fused().predict_proba(pictures), expected, atol=1e-3)
+    # Another order of the outputs: the weights stay with their classes.
+    tensors, header = checkpoints.load(tmp_path / "model.safetensors")
+    order = [CLASSES.index(code) for code in PRIOR_TRAINING_ORDER]
+    tensors |= {name: tensors[name][order] for name in ("head.1.weight", "head.1.bias")}
+    checkpoints.save(tmp_path / "permuted", tensors, header | {"class_order": list(PRIOR_TRAINING_ORDER)})
+    permuted = clf.Classifier.load(tmp_path / "permuted").predict_proba(pictures)
+    pd.testing.assert_frame_equal(permuted[list(CLASSES)], expected)
+
+
 def test_views_aside_are_the_image_turned_and_zoomed():
     """Against Pillow, in the middle that no border reaches."""
     rng = np.random.default_rng(0)
@@ -204,6 +254,22 @@ def test_learns_a_separable_set_from_nothing(tmp_path):
     model = clf.Classifier.load(tmp_path / finetune.MODEL_FILE)
     assert balanced_accuracy(labels[168:], model.predict_proba(images[168:])) == pytest.approx(best)
     assert model.settings["backbone"] == "MobileNetV2 (random weights)"
+
+
+def test_an_accuracy_share_changes_the_answers_and_nothing_that_is_learnt(tmp_path):
+    images, labels = toy(120)
+    labels[np.arange(120) % 2 == 0] = "NV"  # half of the squares whatever their colour
+    sets = (images, labels, np.arange(90), np.arange(90, 120))
+    models = []
+    for share in (0.0, 0.5):
+        folder = tmp_path / str(share)
+        finetune.train(replace(SETTINGS, epochs=1, accuracy_share=share), *sets, folder)
+        models.append(clf.Classifier.load(folder / finetune.MODEL_FILE))
+    assert all(torch.equal(a, b) for a, b in zip(*(model.state_dict().values() for model in models), strict=True))
+    log_prior = finetune.log_prior([CLASSES.index(label) for label in labels[:90]])
+    assert models[0].answering["weights"] == dict.fromkeys(CLASSES, 1.0)
+    assert models[1].answering["weights"] == finetune.class_weights(0.5, log_prior)
+    assert models[1].answering["weights"]["NV"] > 1 > models[1].answering["weights"]["DF"]
 
 
 def test_killed_and_resumed_ends_bit_identical(tmp_path):
