@@ -5,6 +5,7 @@ task goes where its cores and its GPU are free. When its worker is lost, with or
 again elsewhere, and it goes on from its checkpoint in the run folder; what a task itself raises is not tried again.
 """
 
+import functools
 import logging
 import os
 import secrets
@@ -127,13 +128,19 @@ def _connect(address):
 
 @ray.remote
 def _run(notes, name, environment, work, arguments):
-    """In a Ray worker: the seconds that `work` took in a process of its own, which ends when the worker is killed."""
+    """In a Ray worker: the seconds that `work` took in a process beside it, which ends when the worker is killed."""
     machine = socket.gethostname()
     if not notes.is_dir():
         raise UserError(f"{machine} does not see {notes.parents[1]}: mount the run folder there under the same path.")
     files.write_json(notes / f"{name}.json", {"machine": machine, "node": ray.get_runtime_context().get_node_id()[:8]})
-    with Processes(1) as processes:
-        return processes.result(processes.call(environment, work, arguments))
+    processes = _processes()
+    return processes.result(processes.call(environment, work, arguments))
+
+
+@functools.cache
+def _processes():
+    """In a Ray worker: the process in which its tasks run one after the other. What one imported, the next one has."""
+    return Processes(1)
 
 
 def _line(error):
