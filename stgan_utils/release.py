@@ -172,6 +172,7 @@ def _classifier_entry(folder, file):
         test = read_json(judged)
         figures["test"] = {"images": test["images"], **test["metrics"]}
     header = _write_half(folder / "model.safetensors", file)
+    figures["answering"] = header["answering"]
     trained_on = {
         "data": start["data_name"],
         "split": "none: every image was trained on"

@@ -230,6 +230,7 @@ def save_classifier(file):
     torch.manual_seed(0)
     model = classifier.Classifier({"size": 64, "mean": [0.5] * 3, "std": [0.5] * 3})
     update_bn([torch.rand(8, 3, 64, 64)], model)  # else its features are nearly the same for all images
+    model.answering["weights"] = dict.fromkeys(CLASSES, 1.0) | {"NV": 1.25}
     model.eval().save(file)
     return file
 
@@ -326,6 +327,8 @@ def test_release(finished, chosen, repository, phantom_dir, monkeypatch, capsys)
     assert known["figures"]["test"] == {"images": 35, "balanced_accuracy": {"value": 0.6, "low": 0.5, "high": 0.7}}
     assert known["trained_on"]["command"].endswith("arms refit release --run RUN")
     assert "every image" in known["trained_on"]["split"]
+    assert known["figures"]["answering"]["weights"]["NV"] == 1.25
+    assert "NV 1.25" in (repository / "weights" / "README.md").read_text()
     baseline = classifier.Classifier.load(chosen / "refit" / "model.safetensors")
     released = classifier.Classifier.load(weights.path("classifier-mobilenetv2"))
     images = np.stack([np.asarray(Image.open(file)) for file in sorted(phantom_dir.rglob("*.jpg"))[:4]])
