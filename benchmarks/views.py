@@ -26,7 +26,9 @@ def answers(model, images):
     logits["two turned views"] = model.logits(images)
     temperature = model.answering["temperature"]
     return {
-        name: pd.DataFrame((each.double() / temperature).softmax(1).numpy(), columns=list(model.classes))
+        name: pd.DataFrame(
+            (each.double() / temperature + model.log_weights).softmax(1).numpy(), columns=list(model.classes)
+        )
         for name, each in logits.items()
     }
 

@@ -16,7 +16,6 @@ MEMORISED = """The chance that a generated image is nearer to a training image t
 whatever they are, so read it with the distances above."""
 REFITTED = """These figures are of the network that learnt from the train split alone; the released file went on from it
 with **all** images, test lesions too, so that figures on any HAM10000 training image flatter it. """
-
 WEIGHTED = """Its probabilities are those of classes that are equally common, times a weight ({}) that makes its first
 answer right more often. Who looks for one class, such as melanoma, goes by its probability and a threshold. """
 
@@ -125,7 +124,9 @@ def _classifier(asset):
     figures = asset["figures"]
     text = f"`{asset['name']}`; split: {asset['trained_on']['split']}. "
     text += REFITTED if figures["went_on_with_all_images"] else ""
-    text += WEIGHTED.format(", ".join(f"{code} {w:.2f}" for code, w in figures["answering"]["weights"].items()))
+    weights = figures["answering"]["weights"]
+    if len(set(weights.values())) > 1:
+        text += WEIGHTED.format(", ".join(f"{code} {weight:.2f}" for code, weight in weights.items()))
     if "test" not in figures:
         return text + "No figures on held-out lesions are known."
     rows = [[name.replace("_", " "), _interval(f, "value")] for name, f in figures["test"].items() if name != "images"]

@@ -88,12 +88,19 @@ def test_wrong_value_is_named(name, value):
         ("baseline", "size", 16),
         ("baseline", "epochs", 0),
         ("baseline", "pretrained", "vgg"),
+        ("baseline", "accuracy_share", 1.5),
         ("classifier", "synthetic", "all"),
     ],
 )
 def test_wrong_value_of_the_other_steps_is_named(step, name, value):
     with pytest.raises(UserError, match=f"^{name} is "):
         resolve(step, "smoke", {name: value})
+
+
+def test_an_accuracy_share_wants_balanced_answers():
+    with pytest.raises(UserError, match=r"accuracy_share is 0\.2.*logit_adjustment = 1"):
+        resolve("classifier", "smoke", {"accuracy_share": 0.2, "logit_adjustment": 0.5})
+    assert resolve("classifier", "smoke", {"accuracy_share": 0.2}).accuracy_share == 0.2
 
 
 def test_unknown_profile_lists_the_known_ones():
