@@ -1,11 +1,19 @@
-"""Where tests find real images, a backbone and a small phantom dataset."""
+"""Where tests find real images, a backbone, a small phantom dataset, a finished run and a Ray cluster."""
 
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
+from filelock import FileLock
 
 ROOT = Path(__file__).resolve().parents[1]
+
+
+def pytest_collection_modifyitems(items):
+    """What takes longest first, so that no worker is left alone with it at the end."""
+    items.sort(key=lambda item: "cluster" not in item.fixturenames)
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -41,6 +49,25 @@ def phantom_dir(tmp_path_factory):
 
     folder = tmp_path_factory.mktemp("phantom")
     phantom.write_dataset(folder, count=210, size=64, seed=0)
+    return folder
+
+
+def command(*words, cwd=ROOT):
+    """`python -m` with these words, on this code: a `subprocess.CompletedProcess`."""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    words = [sys.executable, "-m", *map(str, words)]
+    return subprocess.run(words, cwd=cwd, env=environment, capture_output=True, text=True)
+
+
+@pytest.fixture(scope="session")
+def smoke(tmp_path_factory):
+    """A run folder that the smoke profile has gone through from the first step to the report, one for all workers."""
+    own = tmp_path_factory.getbasetemp()
+    folder = (own.parent if "PYTEST_XDIST_WORKER" in os.environ else own) / "smoke"
+    with FileLock(f"{folder}.lock"):
+        if not (folder / "report.html").exists():
+            ran = command("stgan_utils", "run", "--data", "phantom", "--profile", "smoke", "--out", folder, "--jobs", 2)
+            assert ran.returncode == 0, ran.stdout + ran.stderr
     return folder
 
 
