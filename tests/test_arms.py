@@ -41,8 +41,9 @@ def run_dir(phantom_dir, tmp_path_factory):
 
 @pytest.fixture(scope="module", autouse=True)
 def small():
-    """Two epochs of 32 px from random weights: seconds."""
+    """Two epochs of 32 px from random weights, two teachers: seconds."""
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(arms, "TEACHERS", 2)
         patch.setattr(arms, "RECIPE", {"size": 32, "epochs": 2, "pretrained": "none", "batch_size": 16})
         for name, size in (("release", 48), ("release-160px", 32)):
             patch.setitem(arms.ARMS, name, arms.ARMS[name]._replace(settings={"size": size}))
