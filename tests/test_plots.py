@@ -3,6 +3,7 @@
 import numpy as np
 import pandas as pd
 import pytest
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 
 from stgan_utils import plots, plots_gan
 from stgan_utils.anatomy import Excitation
@@ -110,3 +111,15 @@ def test_ablation_has_a_line_for_each_arm_in_each_panel():
     assert [text.get_text() for text in fig.legends[0].get_texts()] == list(arms)
     drawn = [[list(line.get_ydata()) for line in ax.lines] for ax in fig.axes]
     assert drawn == [[[0, 1, 2]] * 2, [[0, 10, 20]] * 2, [[0, 0, 0], [1, 1, 1]]]
+
+
+@pytest.mark.parametrize("epochs", [1, 500])
+def test_a_history_is_seen_however_short_it_is(epochs):
+    history = pd.DataFrame({"epoch": np.arange(epochs) + 1, "val_loss": np.linspace(1, 0.5, epochs)})
+    fig = plots.loss_history(history, ["val_loss"], x="epoch")
+    canvas = FigureCanvasAgg(fig)
+    canvas.draw()
+    colour = [int(plots.COLOURS[0][i : i + 2], 16) for i in (1, 3, 5)]
+    drawn = (np.asarray(canvas.buffer_rgba())[..., :3] == colour).all(-1)
+    assert drawn.sum() > 4
+    assert all(float(tick).is_integer() for tick in fig.axes[0].get_xticks())
