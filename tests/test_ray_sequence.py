@@ -1,5 +1,7 @@
 """The whole sequence on a real Ray cluster of two nodes, beside the one of this machine's processes."""
 
+import re
+
 from conftest import command
 
 from stgan_utils import pipeline, runs
@@ -11,6 +13,8 @@ def test_on_two_nodes_of_a_ray_cluster_the_same_comes_out_bit_for_bit(smoke, clu
     words = ("--data", "phantom", "--profile", "smoke", "--out", out, "--engine", "ray", "--address", cluster.address)
     ran = command("stgan_utils", "run", *words)
     assert ran.returncode == 0, ran.stdout + ran.stderr
+    table = ran.stdout[ran.stdout.rindex("machine") :]
+    assert all(re.search(rf"{step.name} .*done in", table) for step in pipeline.STEPS)
     for step in pipeline.STEPS:
         here, there = (runs.result(folder, step.name) for folder in (smoke, out))
         assert here["models"] == there["models"]
