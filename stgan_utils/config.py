@@ -244,7 +244,7 @@ PROFILES = {
             "ngf": 8,
             "batch_size": 4,
             "iterations": 4,
-            "checkpoint_every": 4,
+            "checkpoint_every": 2,
             "sample_every": 4,
             "evaluate_every": 4,
             "quality_images": 32,
