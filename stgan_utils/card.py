@@ -16,6 +16,7 @@ MEMORISED = """The chance that a generated image is nearer to a training image t
 whatever they are, so read it with the distances above."""
 REFITTED = """These figures are of the network that learnt from the train split alone; the released file went on from it
 with **all** images, test lesions too, so that figures on any HAM10000 training image flatter it. """
+SQUARE = """It takes RGB images: the central square of each, scaled to {0} × {0} px; `predict` cuts it out. """
 WEIGHTED = """Its probabilities are those of classes that are equally common, times a weight ({}) that makes its first
 answer right more often. Who looks for one class, such as melanoma, goes by its probability and a threshold. """
 
@@ -123,6 +124,7 @@ def _memorisation(stage2):
 def _classifier(asset):
     figures = asset["figures"]
     text = f"`{asset['name']}`; split: {asset['trained_on']['split']}. "
+    text += SQUARE.format(asset["preprocessing"]["size"])
     text += REFITTED if figures["went_on_with_all_images"] else ""
     weights = figures["answering"]["weights"]
     if len(set(weights.values())) > 1:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
-from PIL import Image
+from PIL import Image, ImageOps
 from tqdm.auto import tqdm
 
 from stgan_utils import phantom as phantom_images
@@ -236,8 +236,9 @@ def read_table(path):
 def image_cache(table, size, folder=None):
     """The table's images, decoded once: uint8 (N, size, size, 3), RGB, memory-mapped, in the table's row order.
 
-    Images are squeezed to a square as they are (bicubic, antialiased). The file is named by the content of every image
-    file, so a changed image is noticed; another process that makes the same file at the same time does no harm.
+    Of each image its largest central square, scaled (bicubic, antialiased): round stays round, whatever the format. The
+    file is named by the content of every image file, so a changed image is noticed; another process that makes the same
+    file at the same time does no harm.
 
     Args:
         table: with `path`.
@@ -251,7 +252,7 @@ def image_cache(table, size, folder=None):
     facts = _file_facts(paths)
     if bad := [path for path in paths if not facts.get(path)]:
         raise UserError(f"{len(bad)} image(s) are missing or unreadable ({_named(bad)}); load the dataset again.")
-    key = hashlib.sha256("\n".join(["bicubic", str(size), *(facts[path] for path in paths)]).encode()).hexdigest()
+    key = hashlib.sha256("\n".join(["central square, bicubic", str(size), *(facts[path] for path in paths)]).encode()).hexdigest()
     file = Path(folder or cache_folder()) / f"images-{size}px-{key[:16]}.npy"
     if not file.exists():
         header = {"descr": "|u1", "fortran_order": False, "shape": (len(paths), size, size, 3)}
@@ -276,7 +277,7 @@ def load_images(paths, size):
 
 def _decode(path, size):
     with Image.open(path) as image:
-        return image.convert("RGB").resize((size, size), Image.Resampling.BICUBIC).tobytes()
+        return ImageOps.fit(image.convert("RGB"), (size, size), Image.Resampling.BICUBIC).tobytes()
 
 
 def check(source, phantom=PHANTOM):

@@ -326,8 +326,9 @@ def test_cache_equals_a_plain_loop_and_notices_a_changed_image(tmp_path):
     cached = data.image_cache(table, 16)
 
     def plain():
-        images = [Image.open(path).convert("RGB").resize((16, 16), Image.Resampling.BICUBIC) for path in table["path"]]
-        return np.stack([np.asarray(image) for image in images])
+        images = [Image.open(path).convert("RGB") for path in table["path"]]  # of 30 × 22 px
+        squares = [image.resize((16, 16), Image.Resampling.BICUBIC, box=(4, 0, 26, 22)) for image in images]
+        return np.stack([np.asarray(square) for square in squares])
 
     assert cached.dtype == np.uint8 and isinstance(cached, np.memmap)
     np.testing.assert_array_equal(cached, plain())
@@ -342,6 +343,17 @@ def test_cache_equals_a_plain_loop_and_notices_a_changed_image(tmp_path):
     changed = data.image_cache(table, 16)
     assert changed.filename != cached.filename
     np.testing.assert_array_equal(changed, plain())
+
+
+@pytest.mark.parametrize("size", [(60, 45), (45, 60), (45, 45)])
+def test_a_round_lesion_stays_round_and_in_the_middle_whatever_the_format(tmp_path, size):
+    y, x = np.ogrid[: size[1], : size[0]]
+    lesion = np.hypot(x - (size[0] - 1) / 2, y - (size[1] - 1) / 2) < 15
+    Image.fromarray(np.where(lesion, 40, 200).astype(np.uint8)).save(tmp_path / "lesion.png")
+    (image,) = data.load_images([tmp_path / "lesion.png"], 90)
+    dark = image[..., 0] < 120
+    ends = [np.flatnonzero(dark.any(axis))[[0, -1]] for axis in (0, 1)]
+    assert np.abs(np.array(ends) - [[15, 74]] * 2).max() <= 1  # 30 px of 45, twice as large
 
 
 def test_cache_folder_and_missing_image(tmp_path, cache):
