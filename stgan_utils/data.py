@@ -252,7 +252,8 @@ def image_cache(table, size, folder=None):
     facts = _file_facts(paths)
     if bad := [path for path in paths if not facts.get(path)]:
         raise UserError(f"{len(bad)} image(s) are missing or unreadable ({_named(bad)}); load the dataset again.")
-    key = hashlib.sha256("\n".join(["central square, bicubic", str(size), *(facts[path] for path in paths)]).encode()).hexdigest()
+    content = "\n".join(["central square", str(size), *(facts[path] for path in paths)])
+    key = hashlib.sha256(content.encode()).hexdigest()
     file = Path(folder or cache_folder()) / f"images-{size}px-{key[:16]}.npy"
     if not file.exists():
         header = {"descr": "|u1", "fortran_order": False, "shape": (len(paths), size, size, 3)}
