@@ -13,6 +13,7 @@ REPOSITORY = "https://github.com/YOUR_NAME/stgan-notebooks"
 
 # Threads that are done with their part of a computation spin until the others are. GNU OpenMP's 300,000 rounds starve
 # the one that is waited for where another program keeps a core busy: on 2 cores a training all but stands still. With
-# 1,000 it goes on at half its speed, for which it is about an eighth slower where nothing else runs.
-if not {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT"} & os.environ.keys():
-    os.environ["GOMP_SPINCOUNT"] = "1000"
+# 1,000 it goes on at half its speed; alone it would be a sixth slower. So the load of the last minute decides, once for
+# a process and all that it starts.
+if not {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT"} & os.environ.keys() and hasattr(os, "getloadavg"):
+    os.environ["GOMP_SPINCOUNT"] = "1000" if os.getloadavg()[0] > 0.5 else "300000"
