@@ -1,0 +1,34 @@
+"""The processes that tasks run in: what they see of their environment."""
+
+import os
+
+import psutil
+import pytest
+
+from stgan_utils import engine
+
+SET_BY_USER = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")
+
+
+def write_environment(file):
+    file.write_text(" ".join(f"{name}={os.environ[name]}" for name in SET_BY_USER if name in os.environ))
+
+
+@pytest.mark.parametrize(
+    ("busy", "set_by_user", "seen"),
+    [
+        (0.1, {}, ""),
+        (1.0, {}, "GOMP_SPINCOUNT=1000"),
+        (1.0, {"GOMP_SPINCOUNT": "77"}, "GOMP_SPINCOUNT=77"),
+        (1.0, {"OMP_WAIT_POLICY": "active"}, "OMP_WAIT_POLICY=active"),
+    ],
+)
+def test_beside_other_programs_threads_that_wait_soon_sleep(monkeypatch, tmp_path, busy, set_by_user, seen):
+    for name in SET_BY_USER:
+        monkeypatch.delenv(name, raising=False)
+    for name, value in set_by_user.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(psutil, "cpu_percent", lambda interval: 100 * busy / psutil.cpu_count())
+    with engine.Processes(1) as processes:
+        processes.result(processes.call({}, write_environment, (tmp_path / "seen",)))
+    assert (tmp_path / "seen").read_text() == seen
