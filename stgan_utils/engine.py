@@ -97,7 +97,7 @@ class Processes:
 
     def __init__(self, jobs):
         self.room = jobs
-        self._pool = ProcessPoolExecutor(jobs, get_context("spawn"), initializer=_begin_worker, initargs=(waiting(),))
+        self._pool = ProcessPoolExecutor(jobs, get_context("spawn"), initializer=_begin_worker, initargs=(_spinning(),))
 
     def __enter__(self):
         return self
@@ -147,7 +147,7 @@ def _timed(environment, work, arguments):
     return time.monotonic() - began
 
 
-def waiting():
+def _spinning():
     """Environment variables by which threads wait for each other, read when torch is loaded; {} as OpenMP has it.
 
     Threads that are done with their part of a computation spin until the others are. GNU OpenMP's 300,000 rounds starve
