@@ -11,11 +11,10 @@ import numpy as np
 import pandas as pd
 import torch
 from torch import nn
-from torch.nn.utils import fuse_conv_bn_eval
 from torchvision.models import mobilenet_v2
 
 from stgan_utils import checkpoints, device
-from stgan_utils.backbone import CHANNELS
+from stgan_utils.backbone import CHANNELS, fold_batch_norm
 from stgan_utils.config import UserError
 from stgan_utils.lesions import CLASSES
 from stgan_utils.views import ASIDE, aside
@@ -94,11 +93,7 @@ class Classifier(nn.Module):
     def fused(self):
         """A copy for prediction alone: each BatchNorm folded into the convolution before it."""
         copied = deepcopy(self).eval()
-        for block in copied.features.modules():
-            if isinstance(block, nn.Sequential):
-                for i in range(len(block) - 1):
-                    if isinstance(block[i], nn.Conv2d) and isinstance(block[i + 1], nn.BatchNorm2d):
-                        block[i], block[i + 1] = fuse_conv_bn_eval(block[i], block[i + 1]), nn.Identity()
+        fold_batch_norm(copied.features)
         return copied.to(memory_format=torch.channels_last)
 
     def save(self, path):

@@ -14,10 +14,10 @@ from typing import NamedTuple
 import torch
 from torch import nn
 from torch.nn import functional as F
-from torch.nn.utils import spectral_norm
 
 from stgan_utils import parallel
 from stgan_utils.config import SIZES, UserError
+from stgan_utils.spectral import spectral_norm
 
 # Channels at each side in pixels, as multiples of the network's width.
 GENERATOR_WIDTHS = {4: 16, 8: 8, 16: 4, 32: 2, 64: 2, 128: 1, 256: 0.5, 512: 0.25}
@@ -80,7 +80,60 @@ class NoiseInjection(nn.Module):
         noise = self.noise
         if noise is None:
             noise = parallel.drawn(torch.randn, (batch, 1, height, width), device=features.device)
-        return features + self.weight * noise.to(features.dtype)
+        # In the precision of the features: the weight's would be that of all that follows in the block.
+        return features + (self.weight * noise).to(features.dtype)
+
+
+class _GatedLinearUnit(torch.autograd.Function):
+    """`F.glu` whose gradient lies in memory as the features do: PyTorch's never lies channels last, and every BatchNorm
+    that it reaches on a GPU then takes its slow path."""
+
+    @staticmethod
+    def forward(ctx, features):
+        ctx.save_for_backward(features)
+        return F.glu(features, 1)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        (features,) = ctx.saved_tensors
+        out = torch.empty_like(features)
+        return torch.ops.aten.glu_backward.grad_input(gradient, features, 1, grad_input=out)
+
+
+class GatedLinearUnit(nn.Module):
+    """(B, 2 C, H, W) → (B, C, H, W): the first half, times the sigmoid of the second."""
+
+    def forward(self, features):
+        return _GatedLinearUnit.apply(features)
+
+
+class _Halved(torch.autograd.Function):
+    """`F.avg_pool2d(features, 2)`; its gradient by repetition, on a GPU and channels last several times as fast."""
+
+    @staticmethod
+    def forward(ctx, features):
+        return F.avg_pool2d(features, 2)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return F.interpolate(gradient / 4, scale_factor=2)
+
+
+class Halved(nn.Module):
+    """(B, C, 2 H, 2 W) → (B, C, H, W), the mean of each 2 × 2 pixels."""
+
+    def forward(self, features):
+        return _Halved.apply(features)
+
+
+class Blocks(nn.Module):
+    """(B, C, H, W) → (B, C, 4, 4), the mean of each of 4 × 4 blocks.
+
+    What `nn.AdaptiveAvgPool2d` computes here, which on large channels-last maps takes a GPU thirty times as long.
+    """
+
+    def forward(self, features):
+        return features.unflatten(3, (4, -1)).unflatten(2, (4, -1)).mean((3, 5))
 
 
 class SkipLayerExcitation(nn.Module):
@@ -88,9 +141,7 @@ class SkipLayerExcitation(nn.Module):
 
     def __init__(self, small, large):
         super().__init__()
-        self.main = nn.Sequential(
-            nn.AdaptiveAvgPool2d(4), conv(small, large, 4), nn.SiLU(), conv(large, large, 1), nn.Sigmoid()
-        )
+        self.main = nn.Sequential(Blocks(), conv(small, large, 4), nn.SiLU(), conv(large, large, 1), nn.Sigmoid())
 
     def forward(self, small, large):
         return large * self.main(small)
@@ -98,14 +149,14 @@ class SkipLayerExcitation(nn.Module):
 
 def up_block(inputs, outputs):
     """Twice the side: nearest, convolution, BatchNorm, gated linear unit."""
-    return nn.Sequential(*upsample(inputs, outputs * 2), nn.BatchNorm2d(outputs * 2), nn.GLU(dim=1))
+    return nn.Sequential(*upsample(inputs, outputs * 2), nn.BatchNorm2d(outputs * 2), GatedLinearUnit())
 
 
 def compound_up_block(inputs, outputs):
     """As `up_block`, with noise, and a second convolution at the new side."""
     layers = []
     for convolution in (upsample(inputs, outputs * 2), [conv(outputs, outputs * 2, 3, padding=1)]):
-        layers += [*convolution, NoiseInjection(), nn.BatchNorm2d(outputs * 2), nn.GLU(dim=1)]
+        layers += [*convolution, NoiseInjection(), nn.BatchNorm2d(outputs * 2), GatedLinearUnit()]
     return nn.Sequential(*layers)
 
 
@@ -115,7 +166,7 @@ class InitLayer(nn.Module):
     def __init__(self, nz, channels):
         super().__init__()
         first = spectral_norm(nn.ConvTranspose2d(nz, channels * 2, 4, bias=False))
-        self.init = nn.Sequential(first, nn.BatchNorm2d(channels * 2), nn.GLU(dim=1))
+        self.init = nn.Sequential(first, nn.BatchNorm2d(channels * 2), GatedLinearUnit())
 
     def forward(self, z):
         return self.init(z[:, :, None, None])
@@ -231,7 +282,7 @@ class ResidualDownBlock(nn.Module):
             nn.BatchNorm2d(outputs),
             leaky(),
         )
-        self.direct = nn.Sequential(nn.AvgPool2d(2), conv(inputs, outputs, 1), nn.BatchNorm2d(outputs), leaky())
+        self.direct = nn.Sequential(Halved(), conv(inputs, outputs, 1), nn.BatchNorm2d(outputs), leaky())
 
     def forward(self, features):
         return (self.main(features) + self.direct(features)) / 2
@@ -325,14 +376,13 @@ class Discriminator(nn.Module):
 
         Args:
             judged: a `Judgement` of real images.
-            quadrant: 0 … 3: top left, top right, bottom left, bottom right.
+            quadrant: 0 … 3: top left, top right, bottom left, bottom right; or a tensor (1,) of it.
 
         Returns:
             Three (B, 3, s, s) in [-1, 1], s = min(size, 128).
         """
-        top, left = 8 * (quadrant // 2), 8 * (quadrant % 2)
-        part = judged.middle[:, :, top : top + 8, left : left + 8]
-        return self.decoder_big(judged.last), self.decoder_small(judged.small), self.decoder_part(part)
+        part = self.decoder_part(quadrant_of(judged.middle, quadrant))
+        return self.decoder_big(judged.last), self.decoder_small(judged.small), part
 
     def blocks(self):
         """Feature blocks counted from the image, each a list of modules: what `freeze(n)` freezes the first n of."""
@@ -368,7 +418,10 @@ class Discriminator(nn.Module):
 
 
 def quadrant_of(images, quadrant):
-    """One quarter of (B, 3, S, S), counted as in `Discriminator.reconstruct`."""
+    """One quarter of (B, C, S, S), (B, C, S/2, S/2), counted as in `Discriminator.reconstruct`.
+
+    Its rows and columns are looked up, not cut out: nothing waits for the value of a `quadrant` on a GPU.
+    """
     half = images.shape[-1] // 2
-    top, left = half * (quadrant // 2), half * (quadrant % 2)
-    return images[:, :, top : top + half, left : left + half]
+    side = torch.arange(half, device=images.device)
+    return images.index_select(2, side + half * (quadrant // 2)).index_select(3, side + half * (quadrant % 2))

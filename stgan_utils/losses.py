@@ -6,7 +6,7 @@ from torch.nn import functional as F
 from torchvision.models import SqueezeNet1_1_Weights, VGG16_Weights
 
 from stgan_utils import parallel
-from stgan_utils.backbone import hub_file, load_backbone
+from stgan_utils.backbone import fold_batch_norm, hub_file, load_backbone
 from stgan_utils.config import UserError
 
 
@@ -68,7 +68,8 @@ class FeatureDistance(nn.Module):
     """The form of LPIPS (R. Zhang et al., CVPR 2018, arXiv:1801.03924): squared differences of a network's features.
 
     Features have unit length at every pixel; at each depth a weighted sum over channels, and the mean over pixels and
-    images. A subclass gives `_layers(images)`, the features, and `weights`, for each depth those of its channels.
+    images. A subclass gives `network`, `_layers(images)`, the features that it has of images, and `weights`, for each
+    depth those of its channels.
     """
 
     def forward(self, images, targets):
@@ -95,13 +96,13 @@ class MobileNetDistance(FeatureDistance):
     def __init__(self):
         super().__init__()
         backbone = load_backbone(required=True)
-        self.features = backbone.features[: self.LAYERS[-1] + 1].eval().requires_grad_(False)
+        self.network = fold_batch_norm(backbone.features[: self.LAYERS[-1] + 1].eval()).requires_grad_(False)
         for name in ("mean", "std"):
             self.register_buffer(name, torch.tensor(backbone.preprocessing[name])[:, None, None])
 
     def _layers(self, images):
         x = ((images + 1) / 2 - self.mean) / self.std
-        for index, layer in enumerate(self.features):
+        for index, layer in enumerate(self.network):
             x = layer(x)
             if index in self.LAYERS:
                 yield x
@@ -127,11 +128,15 @@ class Lpips(FeatureDistance):
         self.requires_grad_(False)
 
     @property
+    def network(self):
+        return self.distance.net
+
+    @property
     def weights(self):
         return [lin.model[-1].weight.flatten() for lin in self.distance.lins]
 
     def _layers(self, images):
-        return self.distance.net(self.distance.scaling_layer(images))
+        return self.network(self.distance.scaling_layer(images))
 
 
 class L1(nn.Module):
@@ -141,15 +146,19 @@ class L1(nn.Module):
         return (images.unflatten(0, (-1, len(targets))) - targets.detach()).abs().mean()
 
 
-def perceptual_distance(name):
+def perceptual_distance(name, dtype=torch.float32):
     """A module (images (k B, 3, S, S), targets (B, 3, S, S)) → scalar, their mean distance; pictures in [-1, 1].
 
     The images are k pictures of each target, one batch after the other. Targets carry no gradient.
 
     Args:
         name: "vgg" or "squeeze" (LPIPS), "mobilenet", or "l1", which alone needs no weights.
+        dtype: of the autocast around it, if there is one: weights that have it already are not converted at every call.
 
     Raises:
         UserError: the weights cannot be had; it says which file to put where, and what needs none.
     """
-    return {"l1": L1, "mobilenet": MobileNetDistance}.get(name, lambda: Lpips(name))()
+    distance = {"l1": L1, "mobilenet": MobileNetDistance}.get(name, lambda: Lpips(name))()
+    if isinstance(distance, FeatureDistance):
+        distance.network.to(dtype)
+    return distance

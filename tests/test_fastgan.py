@@ -7,8 +7,11 @@ from torch import nn
 
 from stgan_utils.config import UserError
 from stgan_utils.fastgan import (
+    Blocks,
     Discriminator,
+    GatedLinearUnit,
     Generator,
+    Halved,
     NoiseInjection,
     SkipLayerExcitation,
     UpConv2d,
@@ -141,6 +144,7 @@ def test_quadrants_of_features_and_of_images_are_the_same_corners():
             assert torch.equal(part, corner)
             wanted = images[:, :, 32 * rows : 32 * rows + 32, 32 * columns : 32 * columns + 32]
             assert torch.equal(quadrant_of(images, quadrant), wanted)
+            assert torch.equal(quadrant_of(images, torch.tensor([quadrant])), wanted)
 
 
 def test_features_of_a_quadrant_come_from_that_quadrant():
@@ -148,7 +152,7 @@ def test_features_of_a_quadrant_come_from_that_quadrant():
     discriminator = Discriminator(64, 8).eval()
     images = torch.zeros(4, 3, 64, 64)
     for quadrant in range(4):
-        quadrant_of(images[quadrant : quadrant + 1], quadrant).fill_(1.0)
+        images[quadrant].unflatten(1, (2, 32)).unflatten(3, (2, 32))[:, quadrant // 2, :, quadrant % 2] = 1.0
     with torch.no_grad():
         seen, nothing = (discriminator(view, small_view(view)).middle for view in (images, 0 * images))
         change = seen - nothing
@@ -198,3 +202,29 @@ def test_freezing_more_blocks_freezes_deeper_and_too_many_are_refused():
     assert learning == {"rf_big", "rf_small", "decoder_big", "decoder_part", "decoder_small"}
     with pytest.raises(UserError, match=r"freeze_blocks is 5.*64 px has 4"):
         Discriminator(64, 8).freeze(5)
+
+
+@pytest.mark.parametrize(
+    ("ours", "plain"),
+    [
+        (GatedLinearUnit(), nn.GLU(dim=1)),
+        (Halved(), nn.AvgPool2d(2)),
+        (Blocks(), nn.AdaptiveAvgPool2d(4)),
+    ],
+    ids=["gated", "halved", "blocks"],
+)
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=str)
+def test_layers_are_torchs_and_gradients_lie_as_features_do(ours, plain, layout):
+    features = torch.randn(2, 6, 16, 16).contiguous(memory_format=layout).requires_grad_()
+    found, expected = ours(features), plain(features)
+    torch.testing.assert_close(found, expected)
+    towards = torch.randn_like(found)
+    gradient, wanted = (torch.autograd.grad(result, features, towards)[0] for result in (found, expected))
+    torch.testing.assert_close(gradient, wanted)
+    if not isinstance(ours, Blocks):  # of few values, repeated: nothing in memory yet
+        assert gradient.is_contiguous(memory_format=layout)
+
+
+def test_noise_does_not_widen_half_precision():
+    layer = NoiseInjection()
+    assert layer(torch.zeros(2, 4, 8, 8, dtype=torch.bfloat16)).dtype is torch.bfloat16
