@@ -25,6 +25,7 @@ from stgan_utils.augment import diff_augment
 from stgan_utils.config import UserError
 from stgan_utils.fastgan import Discriminator, Generator, quadrant_of, small_view
 from stgan_utils.files import atomic_path
+from stgan_utils.graphs import Replayed
 from stgan_utils.losses import Projector, barlow_twins, hinge_d_loss, hinge_g_loss, perceptual_distance
 from stgan_utils.runs import Unfinished
 
@@ -105,25 +106,34 @@ class GanTrainer:
         self.discriminator.freeze(getattr(s, "freeze_blocks", 0))
         self.barlow = getattr(s, "bt_weight", 0) > 0
         self.projector = Projector(self.discriminator.rf_big[0].in_channels)
-        self.perceptual = perceptual_distance(s.perceptual)
+        self.perceptual = perceptual_distance(s.perceptual, devices.precision(self.device, self.generator.ngf))
         parallel.synchronise(self.generator, self.discriminator, self.projector)
-        # GPUs want channels last; on CPUs the gradients of weights take up to four times as long in it.
-        layout = torch.channels_last if self.device.type == "cuda" else torch.contiguous_format
         for module in self._modules().values():
-            module.to(self.device, memory_format=layout)
+            module.to(self.device)
         self.perceptual.to(self.device, memory_format=torch.channels_last)  # no gradients of weights there
         self.generator.train()
         self.discriminator.train()
 
+        # The kernels of a step are small, launching them one by one takes longer than they do.
+        self.recorded = self.device.type == "cuda" and parallel.size() == 1
+        torch.backends.cudnn.benchmark = True  # shapes do not change
+
         def adam(*modules):
             trained = [p for module in modules for p in module.parameters() if p.requires_grad]
-            return torch.optim.Adam(trained, lr=s.learning_rate, betas=(0.5, 0.999), fused=True)
+            kind = {"fused": True, "capturable": self.recorded}
+            return torch.optim.Adam(trained, lr=s.learning_rate, betas=(0.5, 0.999), **kind)
 
         self.optimizer_g = adam(self.generator)
         self.optimizer_d = adam(self.discriminator, *([self.projector] if self.barlow else []))
         # Half precision underflows without it; bfloat16 and float32 do not.
         half = devices.precision(self.device) is torch.float16
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=half)
+        share = s.batch_size // parallel.size()
+        self.rows = torch.zeros(share, dtype=torch.long, device=self.images.device)
+        self.quadrant = torch.zeros(1, dtype=torch.long, device=self.device)
+        self.noise, self.ramp = torch.zeros(2, device=self.device)
+        self._mixed, self._copied = self._averaged()
+        self._losses = Replayed(self._iterate) if self.recorded else self._iterate
 
     def _modules(self):
         return {
@@ -137,15 +147,26 @@ class GanTrainer:
 
     def step(self):
         """One iteration: batch, discriminator, generator, average. Returns the losses as tensors on the device."""
+        self._set_inputs()
+        losses = self._losses()
+        self._average()
+        self.iteration += 1
+        return losses
+
+    def _set_inputs(self):
+        """What the iteration's number decides goes into tensors that stay in place: a recorded step reads it there."""
+        self.rows.copy_(self._rows())
+        self.quadrant.fill_(int(torch.randint(4, ())))
+        self.noise.fill_(self._noise())
+        if self.barlow:
+            self.ramp.fill_(self._ramp())
+
+    def _iterate(self):
         real = self._batch()
         z = parallel.drawn(torch.randn, (len(real), self.generator.nz), device=self.device)
         with devices.autocast(self.device, self.generator.ngf):
             fake = [diff_augment(view, self.settings.augment) for view in self.generator(z, with_small=True)]
-        losses = self._discriminator_step(real, fake)
-        losses |= self._generator_step(fake)
-        self._average()
-        self.iteration += 1
-        return losses
+        return self._discriminator_step(real, fake) | self._generator_step(fake)
 
     def _discriminator_step(self, real, fake):
         s = self.settings
@@ -160,7 +181,7 @@ class GanTrainer:
                 other = diff_augment(real, s.augment)
                 embed = [self.projector(j.last.mean((2, 3))) for j in (judged, self._judge(other, small_view(other)))]
                 on_diag, off_diag = barlow_twins(*map(parallel.gathered, embed))
-                weighted = self._ramp() * (on_diag + BARLOW_LAMBDA * off_diag)
+                weighted = self.ramp * (on_diag + BARLOW_LAMBDA * off_diag)
                 total = total + weighted
                 losses |= {"bt_on_diag": on_diag, "bt_off_diag": off_diag, "bt_weighted": weighted}
         self._descend(self.optimizer_d, total)
@@ -179,22 +200,21 @@ class GanTrainer:
         return {"g": loss}
 
     def _judge(self, images, small):
-        sigma = self._noise()
-        if sigma > 0:
-            images, small = (view + sigma * parallel.drawn_like(torch.randn_like, view) for view in (images, small))
+        if getattr(self.settings, "noise_sigma", 0) > 0:
+            views = (images, small)
+            images, small = (view + self.noise * parallel.drawn_like(torch.randn_like, view) for view in views)
         return self.discriminator(images, small)
 
     def _reconstruction(self, real, judged):
         """Perceptual distance between real images and what the decoders rebuild of them (paper, section 3.2)."""
-        quadrant = int(torch.randint(4, ()))
-        whole, from_small, part = self.discriminator.reconstruct(judged, quadrant)
+        whole, from_small, part = self.discriminator.reconstruct(judged, self.quadrant)
         side = whole.shape[-1]
 
         def scaled(images):
             return F.interpolate(images, size=side, mode="area" if images.shape[-1] > side else "nearest")
 
         pair = torch.cat([whole, from_small])  # of one target, whose features are then needed only once
-        return 2 * self.perceptual(pair, scaled(real)) + self.perceptual(part, scaled(quadrant_of(real, quadrant)))
+        return 2 * self.perceptual(pair, scaled(real)) + self.perceptual(part, scaled(quadrant_of(real, self.quadrant)))
 
     def _descend(self, optimizer, loss):
         optimizer.zero_grad(set_to_none=True)
@@ -207,32 +227,38 @@ class GanTrainer:
     def _average(self):
         """Exponential moving average of weights and BatchNorm statistics; faster at first, to forget the start."""
         decay = min(self.settings.ema_decay, (1 + self.iteration) / (10 + self.iteration))
+        torch._foreach_lerp_(*self._mixed, 1 - decay)
+        torch._foreach_copy_(*self._copied)
+
+    def _averaged(self):
+        """(tensors of the average, their live ones) that are mixed, and the same of those that are copied."""
         averaged, live = self.ema.state_dict(), self.generator.state_dict()
         # The singular vectors of spectral norm and BatchNorm's counters are states, not quantities to average.
         copied = [name for name in live if name.endswith(("_u", "_v", "num_batches_tracked"))]
         mixed = [name for name in live if name not in copied]
-        torch._foreach_lerp_([averaged[name] for name in mixed], [live[name] for name in mixed], 1 - decay)
-        for name in copied:
-            averaged[name].copy_(live[name])
+        return [([averaged[name] for name in names], [live[name] for name in names]) for names in (mixed, copied)]
 
     def _batch(self):
-        """The iteration's real images, this process's share of them: (B, 3, S, S) in [-1, 1], half of them mirrored.
-
-        Every image comes once an epoch, in an order that depends on seed and epoch alone.
-        """
-        size, count = self.settings.batch_size, len(self.images)
-        picked = []
-        for position in parallel.own(range(self.iteration * size, (self.iteration + 1) * size)):
-            picked.append(self._order(position // count)[position % count])
-        batch = self.images[torch.stack(picked).to(self.images.device)].permute(0, 3, 1, 2)
-        batch = batch.to(self.device).float() / 127.5 - 1
+        """The iteration's real images, this process's share of them: (B, 3, S, S) in [-1, 1], half of them mirrored."""
+        batch = self.images[self.rows].permute(0, 3, 1, 2).to(self.device).float() / 127.5 - 1
         mirrored = parallel.drawn(torch.rand, (len(batch),), device=self.device) < 0.5
         return torch.where(mirrored[:, None, None, None], batch.flip(3), batch)
+
+    def _rows(self):
+        """Which images those are. Every image comes once an epoch, in an order that seed and epoch alone decide."""
+        size, count = self.settings.batch_size, len(self.images)
+        wanted, parts = parallel.own(range(self.iteration * size, (self.iteration + 1) * size)), []
+        while wanted:
+            epoch, first = divmod(wanted[0], count)
+            parts.append(self._order(epoch)[first : first + len(wanted)])
+            wanted = wanted[len(parts[-1]) :]
+        return torch.cat(parts)
 
     def _order(self, epoch):
         if getattr(self, "_epoch", None) != epoch:
             stream = torch.Generator().manual_seed(self.settings.seed * 1_000_003 + epoch)
-            self._epoch, self._permutation = epoch, torch.randperm(len(self.images), generator=stream)
+            order = torch.randperm(len(self.images), generator=stream)
+            self._epoch, self._permutation = epoch, order.to(self.images.device)
         return self._permutation
 
     def _ramp(self):
@@ -388,7 +414,9 @@ class GanTrainer:
                 # The fused optimiser walks memory, so its state must lie as the parameter lies (channels last).
                 laid = torch.empty_like(like).copy_(tensor) if tensor.shape == like.shape else tensor
                 slots.setdefault(int(index), {})[slot] = laid
-            optimizer.load_state_dict({"state": slots, "param_groups": header["optimizers"][name]})
+            # What the optimiser may do here, this device decides, not the one that wrote the checkpoint.
+            groups = [group | {"capturable": self.recorded} for group in header["optimizers"][name]]
+            optimizer.load_state_dict({"state": slots, "param_groups": groups})
         self.scaler.load_state_dict(header["scaler"])
         self.iteration, self.best = header["iteration"], header["best"]
         self.history, self.quality = header["history"], header["quality"]

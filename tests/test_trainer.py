@@ -222,6 +222,7 @@ def test_every_image_comes_once_an_epoch_and_half_are_mirrored(tmp_path):
     gan = GanTrainer(replace(STAGE1, batch_size=6), images, tmp_path)
     seen, mirrored = [], 0
     for gan.iteration in range(40):  # 240 images, twelve epochs
+        gan._set_inputs()
         batch = (gan._batch() * 127.5 + 127.5).round()
         assert batch.shape == (6, 3, 64, 64) and batch.min() >= 0 and batch.max() == 200
         left, right = batch[:, 0, 0, 0], batch[:, 0, 0, -1]
