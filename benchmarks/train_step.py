@@ -4,7 +4,8 @@ DIR is a clone of FastGAN's public code (hugobb/FastGAN-pytorch is a copy of the
 losses and augmentation make the step that ours is compared with, on the same kind of batch. Without it, ours is
 compared with itself done plainly: float32, channels first, memory given back at every step. Perceptual networks have
 random weights here, which cost the same. Each program has a process of its own, so that neither gets what the other set
-up; they take turns, step by step. Ends with how the cost grows with the size of the images.
+up; they take turns, step by step; on a GPU, where one step is too short to be timed, ten at a time. Ends with how
+the cost grows with the size of the images and, on a GPU, with what the time goes into and what the device could do.
 """
 
 import argparse
@@ -22,6 +23,24 @@ import numpy as np
 from common import write_section
 
 PACKAGES = ("torch", "torchvision", "lpips")
+ON_A_GPU = 10  # steps a turn; also those before the first one, in which kernels are chosen and recorded
+KERNELS = {  # of a GPU, by what their names hold; the first that fits
+    "convolutions and matrix products": (
+        "conv",
+        "gemm",
+        "xmma",
+        "cutlass",
+        "cudnn",
+        "wgrad",
+        "dgrad",
+        "fprop",
+        "nvjet",
+    ),
+    "BatchNorm": ("batch_norm", "bn_", "batchnorm"),
+    "optimiser and average": ("multi_tensor", "foreach", "fused_adam"),
+    "spectral norm's products": ("gemv", "dot_kernel", "reduce_1block"),
+    "element by element, sums, copies": ("",),
+}
 
 
 def random_lpips():
@@ -82,6 +101,7 @@ def ours(args, exact=False, plain=False):
 
     random_lpips()
     losses.load_backbone = lambda required: load_backbone("none")
+    losses.hub_file = lambda url: None
     if exact or plain:
         device.precision = lambda *_: torch.float32
     if plain:
@@ -102,9 +122,10 @@ PROGRAMS = {
 
 
 def work(connection, program, args):
-    """A process of one program: makes a first step, sends its operations, then a step for every True received.
+    """A process of one program: makes a first step, sends its operations, and then answers until it is told to end.
 
-    Each of those is answered by its seconds; False ends the process, answered by the peak of memory in bytes.
+    "step": the seconds of a step; "look": what a GPU spends a step on, of its own accord nothing else; "end": the peak
+    of memory in bytes, the last answer.
     """
     import torch
     from torch.utils.flop_counter import FlopCounterMode
@@ -112,18 +133,25 @@ def work(connection, program, args):
     if args.threads:
         torch.set_num_threads(args.threads)
     torch.manual_seed(0)
-    wait = torch.cuda.synchronize if torch.cuda.is_available() else lambda: None
-    step = PROGRAMS[program](args)
-    with FlopCounterMode(display=False) as counter:
+    on_gpu = torch.cuda.is_available()
+    wait = torch.cuda.synchronize if on_gpu else lambda: None
+    step, steps = PROGRAMS[program](args), ON_A_GPU if on_gpu else 1
+    with traffic() as moved, FlopCounterMode(display=False) as counter:
+        step()
+    for _ in range(steps if on_gpu else 0):
         step()
     connection.send(counter.get_total_flops())
-    while connection.recv():
+    while (order := connection.recv()) != "end":
+        if order == "look":
+            connection.send(look_at_gpu(step, counter.get_total_flops(), moved.total))
+            continue
         wait()
         began = perf_counter()
-        step()
+        for _ in range(steps):
+            step()
         wait()
-        connection.send(perf_counter() - began)
-    connection.send(torch.cuda.max_memory_allocated() if torch.cuda.is_available() else peak_memory())
+        connection.send((perf_counter() - began) / steps)
+    connection.send(torch.cuda.max_memory_allocated() if on_gpu else peak_memory())
 
 
 def peak_memory():
@@ -133,36 +161,41 @@ def peak_memory():
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if platform.system() == "Darwin" else 1024)
 
 
-def take_turns(programs, repeats):
+def take_turns(programs, repeats, look=False):
     """Run programs step by step in turn, each in its own process.
 
     Args:
         programs: [(name in PROGRAMS, arguments)].
+        look: whether the last one is to say in the end what a GPU spends a step on.
 
     Returns:
-        [(operations of a step, [seconds] of `repeats` steps, peak memory in bytes)] in the same order.
+        [(operations of a step, [seconds] of `repeats` steps, peak memory in bytes)] in the same order; and what that
+        one said, or None.
     """
     spawn, pipes = multiprocessing.get_context("spawn"), []
     for program, args in programs:
         here, there = spawn.Pipe()
         spawn.Process(target=work, args=(there, program, args), daemon=True).start()
         there.close()  # so that a process that dies is an EOFError here, not a wait for ever
-        pipes.append((here, here.recv()))
-    seconds = [[] for _ in pipes]
+        pipes.append(here)
+    operations, seconds = [pipe.recv() for pipe in pipes], [[] for _ in pipes]
+
+    def ask(pipe, order):
+        pipe.send(order)
+        return pipe.recv()
+
     for repeat in range(repeats):
-        for (pipe, _), taken in zip(pipes, seconds, strict=True):
-            pipe.send(True)
-            taken.append(pipe.recv())
-        print(f"step {repeat + 1}: " + ", ".join(f"{taken[-1]:.2f} s" for taken in seconds), flush=True)
-    found = []
-    for (pipe, operations), taken in zip(pipes, seconds, strict=True):
-        pipe.send(False)
-        found.append((operations, taken, pipe.recv()))
-    return found
+        for pipe, taken in zip(pipes, seconds, strict=True):
+            taken.append(ask(pipe, "step"))
+        print(f"step {repeat + 1}: " + ", ".join(f"{taken[-1]:.4f} s" for taken in seconds), flush=True)
+    looked_at = ask(pipes[-1], "look") if look else None
+    peaks = [ask(pipe, "end") for pipe in pipes]
+    return list(zip(operations, seconds, peaks, strict=True)), looked_at
 
 
 def side_by_side(args):
-    """Markdown table: the old step, ours with the same perceptual network, and ours with the cheaper one."""
+    """Markdown: the old step, ours with the same perceptual network, and ours with the cheaper one; on a GPU, where the
+    time of the last goes."""
     from stgan_utils import device
 
     old = ("the public code", "reference") if args.reference else ("ours, done plainly", "plain")
@@ -173,7 +206,7 @@ def side_by_side(args):
         rows.append((f"same mathematics (vgg), {precision}", "ours", same))
     if args.perceptual != "vgg":
         rows.append((f"a cheaper distance ({args.perceptual}), {precision}", "ours", args))
-    found = take_turns([row[1:] for row in rows], args.repeats)
+    found, looked_at = take_turns([row[1:] for row in rows], args.repeats, look=device.pick().type == "cuda")
     before = np.array(found[0][1])
     lines = [
         "| | seconds a step | images/s | peak memory | times as fast (lowest – highest) |",
@@ -182,31 +215,119 @@ def side_by_side(args):
     for (name, *_), (_, taken, peak) in zip(rows, found, strict=True):
         ratio = before / taken
         lines.append(
-            f"| {name} | {median(taken):.3f} | {args.batch / median(taken):.2f} | {peak / 2**30:.2f} GiB "
+            f"| {name} | {median(taken):.3g} | {args.batch / median(taken):.3g} | {peak / 2**30:.2f} GiB "
             f"| **{median(ratio):.2f}×** ({ratio.min():.2f} – {ratio.max():.2f}) |"
         )
-    return "\n".join(lines)
+    return "\n".join([*lines, *([looked_at] if looked_at else [])])
 
 
 def growth(args):
     """Markdown table of our step at each size in `args.growth`."""
     lines = [
+        f"How our step ({args.perceptual}) grows with the size (operations: additions and multiplications of",
+        "convolutions and matrix products, as torch counts them):",
+        "",
         "| size | seconds a step | against the size before | images/s | 10⁹ operations | 10⁹ a second | peak memory |",
         "|---|---|---|---|---|---|---|",
     ]
     last = None
     for size in args.growth:
         sized = argparse.Namespace(**{**vars(args), "size": size})
-        [(operations, taken, peak)] = take_turns([("ours", sized)], args.repeats)
+        [(operations, taken, peak)], _ = take_turns([("ours", sized)], args.repeats)
         seconds = median(taken)
         times = f"{seconds / last:.2f}×" if last else ""
         lines.append(
-            f"| {size} px | {seconds:.3f} | {times} | {args.batch / seconds:.2f} | {operations / 1e9:,.0f} "
+            f"| {size} px | {seconds:.3g} | {times} | {args.batch / seconds:.3g} | {operations / 1e9:,.0f} "
             f"| {operations / seconds / 1e9:,.0f} | {peak / 2**30:.2f} GiB |"
         )
         print(lines[-1], flush=True)
         last = seconds
     return "\n".join(lines)
+
+
+def ceilings():
+    """What the GPU can do: (operations a second in bf16, bytes a second), measured on random numbers."""
+    import torch
+
+    def seconds(work):
+        times = []
+        for _ in range(10):
+            began, ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            began.record()
+            work()
+            ended.record()
+            ended.synchronize()
+            times.append(began.elapsed_time(ended) / 1e3)
+        return median(times)
+
+    a, b = torch.randn(2, 8192, 8192, device="cuda", dtype=torch.bfloat16)
+    source = torch.randn(1 << 29, device="cuda")
+    target = torch.empty_like(source)
+    return 2 * 8192**3 / seconds(lambda: a @ b), 2 * source.nbytes / seconds(lambda: target.copy_(source))
+
+
+def traffic():
+    """A context in which `total` counts the bytes that operations read and write, each input and output once."""
+    import torch
+    from torch.utils._python_dispatch import TorchDispatchMode
+    from torch.utils._pytree import tree_leaves
+
+    class Counter(TorchDispatchMode):
+        total = 0
+
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            results = function(*args, **(kwargs or {}))
+            if not function.is_view:
+                tensors = {id(t): t for t in tree_leaves((args, kwargs, results)) if isinstance(t, torch.Tensor)}
+                self.total += sum(t.nbytes for t in tensors.values())
+            return results
+
+    return Counter()
+
+
+def look_at_gpu(step, flops, moved):
+    """Markdown: where the time of a step goes on the GPU, and the least that its operations and bytes would take.
+
+    Args:
+        step: makes one.
+        flops: its operations.
+        moved: its bytes, as `traffic` counts them.
+    """
+    import torch
+    from torch.profiler import ProfilerActivity, profile
+
+    torch.cuda.synchronize()
+    began = perf_counter()
+    for _ in range(ON_A_GPU):
+        step()
+    torch.cuda.synchronize()
+    seconds = (perf_counter() - began) / ON_A_GPU
+    with profile(activities=[ProfilerActivity.CUDA]) as recorded:
+        for _ in range(5):
+            step()
+        torch.cuda.synchronize()
+    spent, count = {kind: [0.0, 0] for kind in KERNELS}, 0
+    for event in recorded.key_averages():
+        kind = next(kind for kind, parts in KERNELS.items() if any(part in event.key.lower() for part in parts))
+        spent[kind][0] += event.self_device_time_total / 5e6
+        spent[kind][1] += event.count / 5
+    busy, count = (sum(column) for column in zip(*spent.values(), strict=True))
+    rows = [*spent.items(), ("all", (busy, count))]
+    operations, bytes_a_second = ceilings()
+    table = "\n".join(
+        f"| {kind} | {number:,.0f} | {1e3 * taken:.2f} ms | {taken / seconds:.0%} |" for kind, (taken, number) in rows
+    )
+    return f"""
+Where the last one's {1e3 * seconds:.1f} ms a step go, of which 70,000 take {70_000 * seconds / 60:.1f} minutes:
+
+| kernels | a step | time | of the step |
+|---|---|---|---|
+{table}
+
+The device, measured: {operations / 1e12:.0f} · 10¹² operations a second in bf16 (a product of two 8192² matrices) and
+{bytes_a_second / 1e12:.2f} · 10¹² bytes a second (a copy, read and written). The {flops / 1e9:,.0f} · 10⁹ operations
+of a step take {1e3 * flops / operations:.2f} ms at that rate, its {moved / 1e9:.1f} · 10⁹ bytes (each operation's
+inputs and outputs once) {1e3 * moved / bytes_a_second:.2f} ms."""
 
 
 def main():
@@ -239,13 +360,11 @@ medians. Perceptual networks with random weights.{against}
 
 {side_by_side(args)}
 
-How our step ({args.perceptual}) grows with the size (operations: additions and multiplications of convolutions
-and matrix products, as torch counts them):
-
-{growth(args)}
+{growth(args) if args.growth else ""}
 """
     print(body)
-    write_section("GAN training step", body, PACKAGES)
+    name = f", {args.size} px, batch {args.batch}, on a GPU" if device.pick().type == "cuda" else ""
+    write_section("GAN training step" + name, body, PACKAGES)
 
 
 if __name__ == "__main__":
