@@ -85,8 +85,8 @@ class NoiseInjection(nn.Module):
 
 
 class _GatedLinearUnit(torch.autograd.Function):
-    """`F.glu` whose gradient lies in memory as the features do: PyTorch's never lies channels last, and every BatchNorm
-    that it reaches on a GPU then takes its slow path."""
+    """`F.glu` whose gradient lies in memory as the features do. PyTorch's never lies channels last, and on a GPU the
+    BatchNorm that it reaches then falls back on kernels that are not made for it."""
 
     @staticmethod
     def forward(ctx, features):
@@ -108,7 +108,7 @@ class GatedLinearUnit(nn.Module):
 
 
 class _Halved(torch.autograd.Function):
-    """`F.avg_pool2d(features, 2)`; its gradient by repetition, on a GPU and channels last several times as fast."""
+    """`F.avg_pool2d(features, 2)`; its gradient by repetition: PyTorch's kernel took a GPU 0.9 of 38 ms a step."""
 
     @staticmethod
     def forward(ctx, features):
@@ -129,7 +129,7 @@ class Halved(nn.Module):
 class Blocks(nn.Module):
     """(B, C, H, W) → (B, C, 4, 4), the mean of each of 4 × 4 blocks.
 
-    What `nn.AdaptiveAvgPool2d` computes here, which on large channels-last maps takes a GPU thirty times as long.
+    What `nn.AdaptiveAvgPool2d` computes here; on large maps that lie channels last it took a GPU 6 of 38 ms a step.
     """
 
     def forward(self, features):
