@@ -11,7 +11,8 @@ class Replayed:
     """A function without arguments, recorded at its fourth call and replayed from then on.
 
     What changes between two calls it must read from tensors that stay where they are, random numbers aside; it must not
-    wait for the GPU (`.item()`), nor copy from main memory. (PyTorch's notes on CUDA semantics, "CUDA Graphs".)
+    wait for the GPU (`.item()`), nor copy from main memory (PyTorch's notes on CUDA semantics, "CUDA Graphs"). Where it
+    cannot be recorded, it is called as it is, and a line says so.
 
     Args:
         function: returns a dict of tensors on the GPU, the same names each time.
@@ -23,11 +24,11 @@ class Replayed:
 
     def __call__(self):
         """The function's dict; its tensors are the caller's own, another call leaves them as they are."""
-        if self.graph is None:
-            self.calls += 1
-            if self.calls <= WARM_UP:
-                return self._plain()
+        self.calls += 1
+        if self.calls == WARM_UP + 1:
             self._record()
+        if self.graph is None:
+            return self._plain()
         self.graph.replay()
         return {name: tensor.detach().clone() for name, tensor in self.results.items()}
 
@@ -41,6 +42,10 @@ class Replayed:
 
     def _record(self):
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, stream=self.stream):
-            self.results = self.function()
-        self.graph = graph
+        try:
+            with torch.cuda.graph(graph, stream=self.stream):
+                self.results = self.function()
+        except RuntimeError as error:  # another PyTorch, another device: a recording helps, nobody needs it
+            print(f"A step could not be recorded as a CUDA graph; it goes on unrecorded, which is slower ({error}).")
+        else:
+            self.graph = graph
