@@ -1,8 +1,9 @@
 """Spectral norm (T. Miyato et al., ICLR 2018, arXiv:1802.05957): weights divided by their largest singular value.
 
-The same numbers as `torch.nn.utils.spectral_norm`, names inside checkpoint files included, from a third of the
-operations: FastGAN normalises some 140 weights an iteration, which on a GPU was more than half of all kernels. Computed
-in float32 whatever the precision around it; what comes out has that precision, and the layout that convolutions want.
+The same numbers as `torch.nn.utils.spectral_norm`, names inside checkpoint files included, from half of the operations:
+FastGAN normalises 120 weights an iteration, and on a GPU what a step waits for are its thousands of small kernels.
+Computed in float32 whatever the precision around it; what comes out has that precision, and lies in memory as a
+convolution wants it.
 """
 
 import torch
