@@ -7,11 +7,8 @@ from torch import nn
 
 from stgan_utils.config import UserError
 from stgan_utils.fastgan import (
-    Blocks,
     Discriminator,
-    GatedLinearUnit,
     Generator,
-    Halved,
     NoiseInjection,
     SkipLayerExcitation,
     UpConv2d,
@@ -202,27 +199,6 @@ def test_freezing_more_blocks_freezes_deeper_and_too_many_are_refused():
     assert learning == {"rf_big", "rf_small", "decoder_big", "decoder_part", "decoder_small"}
     with pytest.raises(UserError, match=r"freeze_blocks is 5.*64 px has 4"):
         Discriminator(64, 8).freeze(5)
-
-
-@pytest.mark.parametrize(
-    ("ours", "plain"),
-    [
-        (GatedLinearUnit(), nn.GLU(dim=1)),
-        (Halved(), nn.AvgPool2d(2)),
-        (Blocks(), nn.AdaptiveAvgPool2d(4)),
-    ],
-    ids=["gated", "halved", "blocks"],
-)
-@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=str)
-def test_layers_are_torchs_and_gradients_lie_as_features_do(ours, plain, layout):
-    features = torch.randn(2, 6, 16, 16).contiguous(memory_format=layout).requires_grad_()
-    found, expected = ours(features), plain(features)
-    torch.testing.assert_close(found, expected)
-    towards = torch.randn_like(found)
-    gradient, wanted = (torch.autograd.grad(result, features, towards)[0] for result in (found, expected))
-    torch.testing.assert_close(gradient, wanted)
-    if not isinstance(ours, Blocks):  # of few values, repeated: nothing in memory yet
-        assert gradient.is_contiguous(memory_format=layout)
 
 
 def test_noise_does_not_widen_half_precision():
