@@ -25,17 +25,7 @@ from common import write_section
 PACKAGES = ("torch", "torchvision", "lpips")
 ON_A_GPU = 10  # steps a turn; also those before the first one, in which kernels are chosen and recorded
 KERNELS = {  # of a GPU, by what their names hold; the first that fits
-    "convolutions and matrix products": (
-        "conv",
-        "gemm",
-        "xmma",
-        "cutlass",
-        "cudnn",
-        "wgrad",
-        "dgrad",
-        "fprop",
-        "nvjet",
-    ),
+    "convolutions and matrix products": ("conv", "gemm", "xmma", "cutlass", "cudnn", "nvjet"),
     "BatchNorm": ("batch_norm", "bn_", "batchnorm"),
     "optimiser and average": ("multi_tensor", "foreach", "fused_adam"),
     "spectral norm's products": ("gemv", "dot_kernel", "reduce_1block"),
@@ -124,8 +114,8 @@ PROGRAMS = {
 def work(connection, program, args):
     """A process of one program: makes a first step, sends its operations, and then answers until it is told to end.
 
-    "step": the seconds of a step; "look": what a GPU spends a step on, of its own accord nothing else; "end": the peak
-    of memory in bytes, the last answer.
+    "step": the seconds of a step; "look": what a GPU spends a step on (`look_at_gpu`); "end": the peak of memory in
+    bytes, the last answer.
     """
     import torch
     from torch.utils.flop_counter import FlopCounterMode

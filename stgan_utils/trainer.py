@@ -27,6 +27,7 @@ from stgan_utils.fastgan import Discriminator, Generator, quadrant_of, small_vie
 from stgan_utils.files import atomic_path
 from stgan_utils.graphs import Replayed
 from stgan_utils.losses import Projector, barlow_twins, hinge_d_loss, hinge_g_loss, perceptual_distance
+from stgan_utils.order import Order
 from stgan_utils.runs import Unfinished
 
 LOG_EVERY = 10  # iterations between two readings of the losses: each one makes the device wait
@@ -128,8 +129,8 @@ class GanTrainer:
         # Half precision underflows without it; bfloat16 and float32 do not.
         half = devices.precision(self.device) is torch.float16
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=half)
-        share = s.batch_size // parallel.size()
-        self.rows = torch.zeros(share, dtype=torch.long, device=self.images.device)
+        self.order = Order(len(self.images), s.batch_size, s.seed, self.images.device)
+        self.rows = self.order.rows(0)
         self.quadrant = torch.zeros(1, dtype=torch.long, device=self.device)
         self.noise, self.ramp = torch.zeros(2, device=self.device)
         self._mixed, self._copied = self._averaged()
@@ -155,7 +156,7 @@ class GanTrainer:
 
     def _set_inputs(self):
         """What the iteration's number decides goes into tensors that stay in place: a recorded step reads it there."""
-        self.rows.copy_(self._rows())
+        self.rows.copy_(self.order.rows(self.iteration))
         self.quadrant.fill_(int(torch.randint(4, ())))
         self.noise.fill_(self._noise())
         if self.barlow:
@@ -243,23 +244,6 @@ class GanTrainer:
         batch = self.images[self.rows].permute(0, 3, 1, 2).to(self.device).float() / 127.5 - 1
         mirrored = parallel.drawn(torch.rand, (len(batch),), device=self.device) < 0.5
         return torch.where(mirrored[:, None, None, None], batch.flip(3), batch)
-
-    def _rows(self):
-        """Which images those are. Every image comes once an epoch, in an order that seed and epoch alone decide."""
-        size, count = self.settings.batch_size, len(self.images)
-        wanted, parts = parallel.own(range(self.iteration * size, (self.iteration + 1) * size)), []
-        while wanted:
-            epoch, first = divmod(wanted[0], count)
-            parts.append(self._order(epoch)[first : first + len(wanted)])
-            wanted = wanted[len(parts[-1]) :]
-        return torch.cat(parts)
-
-    def _order(self, epoch):
-        if getattr(self, "_epoch", None) != epoch:
-            stream = torch.Generator().manual_seed(self.settings.seed * 1_000_003 + epoch)
-            order = torch.randperm(len(self.images), generator=stream)
-            self._epoch, self._permutation = epoch, order.to(self.images.device)
-        return self._permutation
 
     def _ramp(self):
         s = self.settings
@@ -406,14 +390,10 @@ class GanTrainer:
         for name, module in self._modules().items():
             module.load_state_dict(checkpoints.without_prefix(name, tensors))
         for name, optimizer in (("optimizer_g", self.optimizer_g), ("optimizer_d", self.optimizer_d)):
-            parameters = [p for group in optimizer.param_groups for p in group["params"]]
             slots = {}
             for key, tensor in checkpoints.without_prefix(name, tensors).items():
                 index, slot = key.split(".")
-                like = parameters[int(index)]
-                # The fused optimiser walks memory, so its state must lie as the parameter lies (channels last).
-                laid = torch.empty_like(like).copy_(tensor) if tensor.shape == like.shape else tensor
-                slots.setdefault(int(index), {})[slot] = laid
+                slots.setdefault(int(index), {})[slot] = tensor
             # What the optimiser may do here, this device decides, not the one that wrote the checkpoint.
             groups = [group | {"capturable": self.recorded} for group in header["optimizers"][name]]
             optimizer.load_state_dict({"state": slots, "param_groups": groups})
