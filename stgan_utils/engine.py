@@ -5,6 +5,7 @@
 """
 
 import os
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -142,9 +143,21 @@ def threads(task, cores, jobs):
 
 def _timed(environment, work, arguments):
     os.environ.update(environment)
+    limit_threads()
     began = time.monotonic()
     work(*arguments)
     return time.monotonic() - began
+
+
+def limit_threads():
+    """Makes libraries that are loaded keep to OMP_NUM_THREADS: they read the variable only when they are loaded, which
+    can be as early as with the module of the function that a process is to call."""
+    from threadpoolctl import threadpool_limits  # comes with scikit-learn
+
+    if number := os.environ.get("OMP_NUM_THREADS"):
+        threadpool_limits(int(number))
+        if torch := sys.modules.get("torch"):
+            torch.set_num_threads(int(number))
 
 
 def _spinning():

@@ -16,7 +16,7 @@ from unittest.mock import patch
 from jupyter_client.manager import AsyncKernelManager
 from jupyter_client.provisioning import LocalProvisioner
 
-from stgan_utils.engine import end_with_parent
+from stgan_utils.engine import end_with_parent, limit_threads
 
 IMPORTED = (
     "ipykernel.kernelapp",
@@ -95,9 +95,7 @@ class _StandardError:
 
 def _become_kernel(arguments, env, cwd, standard_error):
     """In the fork: what `python -m ipykernel_launcher ARGUMENTS` is in `env` and `cwd`."""
-    import torch
     from ipykernel.kernelapp import launch_new_instance
-    from threadpoolctl import threadpool_limits
 
     os.setsid()  # Ctrl-C in a terminal is for the run, which ends its kernels itself
     os.chdir(cwd)
@@ -105,7 +103,5 @@ def _become_kernel(arguments, env, cwd, standard_error):
     end_with_parent()
     os.environ.clear()
     os.environ.update(env)
-    if threads := env.get("OMP_NUM_THREADS"):  # libraries read it when they are loaded: before the fork
-        threadpool_limits(int(threads))
-        torch.set_num_threads(int(threads))
+    limit_threads()  # libraries were loaded before the fork
     launch_new_instance(argv=[*arguments, f"--IPKernelApp.parent_handle={os.getppid()}"])

@@ -4,8 +4,9 @@ import os
 
 import psutil
 import pytest
+import torch
 
-from stgan_utils import engine
+from stgan_utils import engine, places
 
 SET_BY_USER = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")
 
@@ -32,3 +33,15 @@ def test_beside_other_programs_threads_that_wait_soon_sleep(monkeypatch, tmp_pat
     with engine.Processes(1) as processes:
         processes.result(processes.call({}, write_environment, (tmp_path / "seen",)))
     assert (tmp_path / "seen").read_text() == seen
+
+
+def write_threads(file):
+    file.write_text(str(torch.get_num_threads()))
+
+
+def test_a_task_has_its_share_of_the_cores_though_torch_is_loaded_with_its_function(monkeypatch, tmp_path):
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.setattr(places, "cores", lambda: 6)
+    tasks = [engine.Task(str(i), write_threads, (tmp_path / str(i),), peers=peers) for i, peers in enumerate((5, 1))]
+    engine.run_all(tasks, engine.Processes(2))
+    assert [int((tmp_path / task.name).read_text()) for task in tasks] == [3, 6]
