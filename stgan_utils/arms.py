@@ -49,8 +49,10 @@ class Arm(NamedTuple):
     prior: str = "real"
     # The arm whose weights it begins with: it is the second phase of that one.
     after: str = ""
-    # Half of the loss are the answers of networks that have not learnt from the image, `teach`.
-    taught: bool = False
+    # Whose answers are learnt. "half": half of each image's loss are those of networks that have not learnt from it,
+    # `teach`; "generated": all of a generated image's loss, not the class that was asked for but what the baseline of
+    # step 01, trained on real images only, answers to it.
+    taught: str = ""
 
 
 PLAIN, ADJUSTED = {"logit_adjustment": 0.0}, {"logit_adjustment": 1.0}
@@ -67,6 +69,11 @@ ARMS = {
     "gan-dedup": Arm("logit adjustment and generated images, deduplicated", ADJUSTED, "dedup", 1.0),
     "gan-filtered": Arm("… deduplicated and filtered", ADJUSTED, "filtered", 1.0),
     "gan-mixed-prior": Arm("… and the adjustment made for the mix", ADJUSTED, "filtered", 1.0, prior="mix"),
+    "gan-answered": Arm(
+        "… deduplicated, with a baseline's answers for labels", ADJUSTED, "dedup", 1.0, taught="generated"
+    ),
+    "gan-dedup-25": Arm("… deduplicated, a quarter of the way to balance", ADJUSTED, "dedup", 0.25),
+    "gan-answered-25": Arm("… and with a baseline's answers for labels", ADJUSTED, "dedup", 0.25, taught="generated"),
     FIRST_PHASE: Arm(
         "the released recipe, first phase", ADJUSTED | {"size": 160, "epochs": 8, "augmentation": "strong"}
     ),
@@ -76,7 +83,7 @@ ARMS = {
         | {"size": 224, "epochs": 16, "learning_rate": 5e-4, "augmentation": "strong", "views": 2}
         | {"accuracy_share": ACCURACY_SHARE},
         after=FIRST_PHASE,
-        taught=True,
+        taught="half",
     ),
 }
 COMPARED = [name for name in ARMS if name not in (RELEASE, FIRST_PHASE)]
@@ -126,8 +133,9 @@ def train(name, run_dir, seed):
     rows = {split: table.index[table["split"] == split] for split in ("train", "val", "test")}
     began = time.monotonic()
     prior = rows["train"] if arm.prior == "mix" else table.index[(table["split"] == "train") & ~table["synthetic"]]
-    taught = _answers_of_others(teach(run_dir), real) if arm.taught else None
-    history = finetune.train(settings, images, table["label"], rows["train"], rows["val"], folder, prior, taught=taught)
+    history = finetune.train(
+        settings, images, table["label"], rows["train"], rows["val"], folder, prior, taught=_taught(arm, run_dir, table)
+    )
     model = Classifier.load(folder / finetune.MODEL_FILE).to(device.pick())
     judged = rows["val"].append(rows["test"])
     answers = model.predict_proba(images, judged)
@@ -173,7 +181,7 @@ def refit(name, run_dir):
     images = data.image_cache(real, settings.size)
     began = time.monotonic()
     teachers = teach(run_dir) | {source / finetune.MODEL_FILE: real["split"] == "train"} if arm.taught else {}
-    taught = _answers_of_others(teachers, real) if arm.taught else None
+    taught = (_answers_of_others(teachers, real), np.full(len(real), 0.5)) if arm.taught else None
     finetune.train(settings, images, real["label"], real.index, None, folder, taught=taught)
     counts = real["label"].value_counts()
     result = _result(name, settings, folder, {"real": {code: int(counts[code]) for code in CLASSES}}, began)
@@ -239,6 +247,16 @@ def _arm(name):
     return ARMS[name]
 
 
+def _taught(arm, run_dir, table):
+    """What `finetune.train` takes under this name."""
+    if arm.taught == "half":
+        return _answers_of_others(teach(run_dir), table), np.full(len(table), 0.5)
+    if arm.taught == "generated":
+        baseline = {run_dir / "01_baseline" / finetune.MODEL_FILE: ~table["synthetic"]}
+        return _answers_of_others(baseline, table), table["synthetic"].to_numpy()
+    return None
+
+
 def _answers_of_others(networks, table):
     """For each image the mean balanced probabilities (N, classes) of those `networks`, {file: rows learnt from}, that
     do not know it; columns in the order of `CLASSES`."""
@@ -248,7 +266,7 @@ def _answers_of_others(networks, table):
         model.answering["weights"] = {}  # balanced, as the loss wants it
         total[rows] += model.predict_proba(data.image_cache(table, model.size), rows)[list(CLASSES)].to_numpy()
         asked[rows] += 1
-    return total / asked
+    return total / asked.clip(1)
 
 
 def _settings(arm, seed, before, **more):

@@ -35,13 +35,15 @@ def log_prior(targets):
 
 
 def adjusted_loss(logits, targets, adjustment, label_smoothing=0.0):
-    """Logit-adjusted cross-entropy: the loss sees `logits + adjustment`, so that the logits alone learn to be balanced.
+    """Logit-adjusted cross-entropy of each image, (N,).
+
+    The loss sees `logits + adjustment`, so that the logits alone learn to be balanced.
 
     With `adjustment` = τ · log prior, the arg max of the bare logits minimises the *balanced* error for τ = 1 (A. K.
     Menon et al., "Long-tail learning via logit adjustment", ICLR 2021, eq. 10). `targets` are class numbers (N,) or,
     for mixed images, shares (N, classes).
     """
-    return F.cross_entropy(logits.float() + adjustment, targets, label_smoothing=label_smoothing)
+    return F.cross_entropy(logits.float() + adjustment, targets, label_smoothing=label_smoothing, reduction="none")
 
 
 def class_weights(accuracy_share, log_prior):
@@ -97,8 +99,9 @@ def train(settings, images, labels, train_rows, val_rows, out_dir, prior_rows=No
         prior_rows: rows whose class shares logit adjustment makes up for; `train_rows` by default. The real ones of
             them where generated images join: a network that can tell both kinds apart has learnt from the real ones
             alone how common each class is among real images.
-        taught: (N, classes) probabilities that other networks give the images, in the order of `CLASSES`: half of the
-            loss is then the cross-entropy with them (G. Hinton et al., arXiv:1503.02531). Not together with `mix`.
+        taught: what other networks answer: (N, classes) balanced probabilities in the order of `CLASSES`, and (N,), the
+            share, 0 … 1, that the cross-entropy with them has in an image's loss (G. Hinton et al., arXiv:1503.02531).
+            Not together with `mix`.
         on_epoch: called with the history after each epoch.
 
     Returns:
@@ -137,8 +140,8 @@ def train(settings, images, labels, train_rows, val_rows, out_dir, prior_rows=No
     sets = {"train": train_rows, "val": val_rows, "prior": prior_rows}
     run = model.settings | {name: _digest(labels, rows) for name, rows in sets.items()}
     if taught is not None:
-        taught = torch.from_numpy(np.asarray(taught, np.float32))
-        run["taught"] = zlib.crc32(taught.numpy().tobytes())
+        answers, share = (torch.from_numpy(np.asarray(part, np.float32)) for part in taught)
+        run["taught"] = zlib.crc32(answers.numpy().tobytes() + share.numpy().tobytes())
     history = _resume(out_dir / CHECKPOINT_FILE, run, model, average, optimizer)
     for epoch in range(len(history), settings.epochs):
         # What an epoch draws depends on its number alone: a resumed run needs no generator's state.
@@ -157,7 +160,9 @@ def train(settings, images, labels, train_rows, val_rows, out_dir, prior_rows=No
                 logits = model(batch)
             loss = adjusted_loss(logits, wanted, adjustment, settings.label_smoothing)
             if taught is not None:
-                loss = (loss + F.cross_entropy(logits.float(), taught[rows].to(place))) / 2
+                heard = F.cross_entropy(logits.float(), answers[rows].to(place), reduction="none")
+                loss = loss.lerp(heard, share[rows].to(place))
+            loss = loss.mean()
             optimizer.zero_grad()
             scaler.scale(loss).backward()
             scaler.step(optimizer)

@@ -188,11 +188,31 @@ def test_a_taught_arm_hears_of_each_image_only_who_does_not_know_it(run_dir, mon
     answers = [classifier.Classifier.load(file) for file in teachers]
     pictures = data.image_cache(table, answers[0].size)
     each = np.stack([model.predict_proba(pictures)[list(CLASSES)] for model in answers])
-    told = heard["taught"]
+    told, share = heard["taught"]
+    assert (share == 0.5).all()
     row = int(np.flatnonzero(in_train)[0])
     (outsider,) = np.flatnonzero(~learnt[:, row])
     assert np.allclose(told[row], each[outsider, row], atol=1e-5)
     assert np.allclose(told[~in_train], each[:, ~in_train].mean(0), atol=1e-5)
+
+
+def test_generated_images_are_labelled_by_what_the_baseline_answers(run_dir, monkeypatch):
+    class Heard(Exception):
+        """Nothing is to be trained."""
+
+    def stop(settings, images, labels, *rows, taught):
+        raise Heard(*taught)
+
+    monkeypatch.setattr(finetune, "train", stop)
+    shutil.rmtree(run_dir / "arms" / "gan-answered", ignore_errors=True)
+    with pytest.raises(Heard) as heard:
+        arms.train("gan-answered", run_dir, 0)
+    answers, share = heard.value.args
+    real, made = chosen(run_dir, synthetic="dedup", share=1.0)
+    assert list(share) == [0] * len(real) + [1] * len(made)
+    model = classifier.Classifier.load(run_dir / "01_baseline" / "model.safetensors")
+    said = model.predict_proba(data.load_images(made["path"], 32))[list(CLASSES)].to_numpy()
+    assert np.allclose(answers[len(real) :], said, atol=1e-5)
 
 
 def test_tasks_for_an_engine_name_their_folders_and_wait_for_a_first_phase(run_dir):
