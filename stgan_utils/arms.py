@@ -252,8 +252,9 @@ def _taught(arm, run_dir, table):
     if arm.taught == "half":
         return _answers_of_others(teach(run_dir), table), np.full(len(table), 0.5)
     if arm.taught == "generated":
-        baseline = {run_dir / "01_baseline" / finetune.MODEL_FILE: ~table["synthetic"]}
-        return _answers_of_others(baseline, table), table["synthetic"].to_numpy()
+        baseline = run_dir / "01_baseline" / finetune.MODEL_FILE
+        require(baseline, "01_baseline")
+        return _answers_of_others({baseline: ~table["synthetic"]}, table), table["synthetic"].to_numpy()
     return None
 
 

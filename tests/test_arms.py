@@ -214,6 +214,10 @@ def test_generated_images_are_labelled_by_what_the_baseline_answers(run_dir, mon
     said = model.predict_proba(data.load_images(made["path"], 32))[list(CLASSES)].to_numpy()
     assert np.allclose(answers[len(real) :], said, atol=1e-5)
 
+    monkeypatch.setattr(finetune, "MODEL_FILE", "none.safetensors")
+    with pytest.raises(UserError, match="run step 01_baseline"):
+        arms.train("gan-answered", run_dir, 0)
+
 
 def test_tasks_for_an_engine_name_their_folders_and_wait_for_a_first_phase(run_dir):
     tasks = {task.name: task for task in arms.tasks(["release", "real", "release-160px", "real"], run_dir, 2)}
