@@ -12,8 +12,9 @@ import torch
 from stgan_utils import checkpoints, files, quality
 from stgan_utils.augment import diff_augment
 from stgan_utils.fastgan import small_view
+from stgan_utils.iteration import BARLOW_LAMBDA
 from stgan_utils.losses import barlow_twins
-from stgan_utils.trainer import BARLOW_LAMBDA, GanTrainer
+from stgan_utils.trainer import GanTrainer
 
 ARMS = {"both": {}, "nothing frozen": {"freeze_blocks": 0}, "no Barlow Twins": {"bt_weight": 0.0}}
 POINTS = 5  # of each curve, after the start

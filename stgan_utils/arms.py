@@ -181,7 +181,7 @@ def refit(name, run_dir):
     images = data.image_cache(real, settings.size)
     began = time.monotonic()
     teachers = teach(run_dir) | {source / finetune.MODEL_FILE: real["split"] == "train"} if arm.taught else {}
-    taught = (_answers_of_others(teachers, real), np.full(len(real), 0.5)) if arm.taught else None
+    taught = _half(_answers_of_others(teachers, real)) if arm.taught else None
     finetune.train(settings, images, real["label"], real.index, None, folder, taught=taught)
     counts = real["label"].value_counts()
     result = _result(name, settings, folder, {"real": {code: int(counts[code]) for code in CLASSES}}, began)
@@ -250,12 +250,16 @@ def _arm(name):
 def _taught(arm, run_dir, table):
     """What `finetune.train` takes under this name."""
     if arm.taught == "half":
-        return _answers_of_others(teach(run_dir), table), np.full(len(table), 0.5)
+        return _half(_answers_of_others(teach(run_dir), table))
     if arm.taught == "generated":
         baseline = run_dir / "01_baseline" / finetune.MODEL_FILE
         require(baseline, "01_baseline")
         return _answers_of_others({baseline: ~table["synthetic"]}, table), table["synthetic"].to_numpy()
     return None
+
+
+def _half(answers):
+    return answers, np.full(len(answers), 0.5)
 
 
 def _answers_of_others(networks, table):

@@ -16,7 +16,7 @@ import pytest
 import torch
 from safetensors import SafetensorError
 
-from stgan_utils import checkpoints, trainer
+from stgan_utils import checkpoints, iteration, trainer
 from stgan_utils import device as devices
 from stgan_utils.config import Stage1Settings, Stage2Settings, UserError
 from stgan_utils.fastgan import Discriminator, Generator
@@ -192,7 +192,7 @@ def test_stage2_leaves_frozen_blocks_as_they_were_and_trains_the_rest(whole, who
 
 def test_stage2_logs_both_parts_of_barlow_twins_and_ramps_their_weight(whole2):
     history = pd.read_csv(whole2 / "history.csv")
-    both = history["bt_on_diag"] + trainer.BARLOW_LAMBDA * history["bt_off_diag"]
+    both = history["bt_on_diag"] + iteration.BARLOW_LAMBDA * history["bt_off_diag"]
     assert (history["bt_on_diag"] > 0).all() and (history["bt_off_diag"] > 0).all()
     # Rows are means of two iterations: with a ramp of 4, between a quarter and a half, then more, then all of it.
     share = history["bt_weighted"] / (STAGE2.bt_weight * both)
