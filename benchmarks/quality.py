@@ -1,8 +1,8 @@
 """What speed costs: the same seeds and iterations, reference and fast settings, on real images: benchmarks/quality.py.
 
-The first perceptual distance named is the reference, in float32: by default LPIPS of VGG-16, as in FastGAN's public
-code. The others compute as we do, in bf16 where the processor has it: by default that of the profile `real-cpu`. Each
-training has a process of its own; they take turns. Judged by KID to held-out real images, which none has learnt from:
+The first perceptual distance named is the reference, in float32 and with reconstruction in each iteration: by default
+LPIPS of VGG-16, as in FastGAN's public code. The others compute as we do, in bf16 where the processor has it, and
+reconstruct as seldom: by default that of the profile `real-cpu`. Each training has a process of its own; they take turns. Judged by KID to held-out real images, which none has learnt from:
 with INCEPTION_WEIGHTS in the features of Inception-v3, which no distance here is taken in. A cheaper distance goes
 through more iterations in the same time: `--iterations 600 1200` gives each distance its own.
 Needs a folder of HAM10000, named by the environment variable HAM10000_DIR.
@@ -93,6 +93,10 @@ def main():
     parser.add_argument(
         "--perceptual", choices=PERCEPTUAL, nargs="+", default=compared, help=f"default: {' '.join(compared)}"
     )
+    seldom = PROFILES["real-cpu"]["stage1"]["reconstruct_every"]
+    parser.add_argument(
+        "--reconstruct-every", type=int, default=seldom, help=f"iterations; not of the reference (default {seldom})"
+    )
     parser.add_argument("--keep", type=Path, help="folder for what trainings made, so that more seeds go on from there")
     args = parser.parse_args()
     lengths = args.iterations if len(args.iterations) > 1 else args.iterations * len(args.perceptual)
@@ -109,8 +113,9 @@ def main():
     kids = {perceptual: [] for perceptual in args.perceptual}
     for seed in range(args.seeds):
         for perceptual, iterations in zip(args.perceptual, lengths, strict=True):
-            settings = {"size": args.size, "ngf": args.ngf, "iterations": iterations, "perceptual": perceptual}
             exact = perceptual == args.perceptual[0]
+            settings = {"size": args.size, "ngf": args.ngf, "iterations": iterations, "perceptual": perceptual}
+            settings["reconstruct_every"] = 1 if exact else args.reconstruct_every
             run = kept(args.keep, settings | {"seed": seed}, exact, learnt, len(held_out))
             found = kid(extractor(held_out), extractor(run["made"]), seed)
             shown = "{kid:.4f} ({low:.4f} … {high:.4f})".format(**found)
@@ -125,6 +130,7 @@ def main():
         lines += ["", *compared_by_seed(kids)]
     body = f"""
 Stage 1 on {len(learnt):,} real training images, {args.size} px, width {args.ngf}, batch {Stage1Settings.batch_size};
+reconstruction in each iteration of {args.perceptual[0]}, else in one of {args.reconstruct_every};
 KID in the features of {extractor.name}, {len(held_out):,} generated images against as many held-out real ones, lower
 is better (a network's own features flatter the distance that is taken in them).
 

@@ -4,12 +4,13 @@ DIR is a clone of FastGAN's public code (hugobb/FastGAN-pytorch is a copy of the
 losses and augmentation make the step that ours is compared with, on the same kind of batch. Without it, ours is
 compared with itself done plainly: float32, channels first, memory given back at every step. Perceptual networks have
 random weights here, which cost the same. Each program has a process of its own, so that neither gets what the other set
-up; they take turns, step by step; on a GPU, where one step is too short to be timed, ten at a time. Ends with how
-the cost grows with the size of the images and, on a GPU, with what the time goes into and what the device could do.
+up; they take turns, step by step; on a GPU, where one step is too short to be timed, some ten at a time. Where not every
+step reconstructs, a turn is a whole round of those that do and those that do not. Ends with how the cost grows with the size of the images and, on a GPU, with what the time goes into and what the device could do.
 """
 
 import argparse
 import functools
+import math
 import multiprocessing
 import os
 import platform
@@ -23,7 +24,7 @@ import numpy as np
 from common import write_section
 
 PACKAGES = ("torch", "torchvision", "lpips")
-ON_A_GPU = 10  # steps a turn; also those before the first one, in which kernels are chosen and recorded
+ON_A_GPU = 10  # steps a turn, at least
 KERNELS = {  # of a GPU, by what their names hold; the first that fits
     "convolutions and matrix products": ("conv", "gemm", "xmma", "cutlass", "cudnn", "nvjet"),
     "BatchNorm": ("batch_norm", "bn_", "batchnorm"),
@@ -97,7 +98,8 @@ def ours(args, exact=False, plain=False):
     if plain:
         device.keep_memory = lambda: None
         torch.channels_last = torch.contiguous_format
-    settings = Stage1Settings(size=args.size, ngf=args.ngf, batch_size=args.batch, perceptual=args.perceptual)
+    same = {name: getattr(args, name) for name in ("size", "ngf", "perceptual", "reconstruct_every")}
+    settings = Stage1Settings(batch_size=args.batch, **same)
     shape = 4 * args.batch, args.size, args.size, 3
     images = np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
     return trainer.GanTrainer(settings, images, Path("never written")).step
@@ -112,7 +114,7 @@ PROGRAMS = {
 
 
 def work(connection, program, args):
-    """A process of one program: makes a first step, sends its operations, and then answers until it is told to end.
+    """A process of one program: makes a first round, sends its operations, and then answers until it is told to end.
 
     "step": the seconds of a step; "look": what a GPU spends a step on (`look_at_gpu`); "end": the peak of memory in
     bytes, the last answer.
@@ -120,20 +122,25 @@ def work(connection, program, args):
     import torch
     from torch.utils.flop_counter import FlopCounterMode
 
+    from stgan_utils.graphs import WARM_UP
+
     if args.threads:
         torch.set_num_threads(args.threads)
     torch.manual_seed(0)
     on_gpu = torch.cuda.is_available()
     wait = torch.cuda.synchronize if on_gpu else lambda: None
-    step, steps = PROGRAMS[program](args), ON_A_GPU if on_gpu else 1
+    step, every = PROGRAMS[program](args), args.reconstruct_every
+    steps = every * math.ceil(ON_A_GPU / every) if on_gpu else every
     with traffic() as moved, FlopCounterMode(display=False) as counter:
+        for _ in range(every):
+            step()
+    for _ in range(steps + WARM_UP * every if on_gpu else 0):  # kernels are chosen, and both kinds of step recorded
         step()
-    for _ in range(steps if on_gpu else 0):
-        step()
-    connection.send(counter.get_total_flops())
+    operations = counter.get_total_flops() / every
+    connection.send(operations)
     while (order := connection.recv()) != "end":
         if order == "look":
-            connection.send(look_at_gpu(step, counter.get_total_flops(), moved.total))
+            connection.send(look_at_gpu(step, steps, operations, moved.total / every))
             continue
         wait()
         began = perf_counter()
@@ -152,15 +159,15 @@ def peak_memory():
 
 
 def take_turns(programs, repeats, look=False):
-    """Run programs step by step in turn, each in its own process.
+    """Run programs in turn, each in its own process.
 
     Args:
         programs: [(name in PROGRAMS, arguments)].
         look: whether the last one is to say in the end what a GPU spends a step on.
 
     Returns:
-        [(operations of a step, [seconds] of `repeats` steps, peak memory in bytes)] in the same order; and what that
-        one said, or None.
+        [(operations of a step, [seconds a step] of `repeats` turns, peak memory in bytes)] in the same order; and what
+        that one said, or None.
     """
     spawn, pipes = multiprocessing.get_context("spawn"), []
     for program, args in programs:
@@ -177,25 +184,29 @@ def take_turns(programs, repeats, look=False):
     for repeat in range(repeats):
         for pipe, taken in zip(pipes, seconds, strict=True):
             taken.append(ask(pipe, "step"))
-        print(f"step {repeat + 1}: " + ", ".join(f"{taken[-1]:.4f} s" for taken in seconds), flush=True)
+        print(f"turn {repeat + 1}: " + ", ".join(f"{taken[-1]:.4f} s" for taken in seconds), flush=True)
     looked_at = ask(pipes[-1], "look") if look else None
     peaks = [ask(pipe, "end") for pipe in pipes]
     return list(zip(operations, seconds, peaks, strict=True)), looked_at
 
 
 def side_by_side(args):
-    """Markdown: the old step, ours with the same perceptual network, and ours with the cheaper one; on a GPU, where the
-    time of the last goes."""
+    """Markdown: the old step, ours with the same perceptual network, with the cheaper one, and with reconstruction in
+    some steps only; on a GPU, where the time of the last goes."""
     from stgan_utils import device
 
     old = ("the public code", "reference") if args.reference else ("ours, done plainly", "plain")
-    same = argparse.Namespace(**{**vars(args), "perceptual": "vgg"})
+    cheaper = argparse.Namespace(**{**vars(args), "reconstruct_every": 1})
+    same = argparse.Namespace(**{**vars(cheaper), "perceptual": "vgg"})
     rows = [(f"{old[0]} (vgg)", old[1], same), ("same mathematics (vgg), float32", "exact", same)]
     precision = str(device.precision(device.pick(), args.ngf)).removeprefix("torch.")
     if precision != "float32":
         rows.append((f"same mathematics (vgg), {precision}", "ours", same))
     if args.perceptual != "vgg":
-        rows.append((f"a cheaper distance ({args.perceptual}), {precision}", "ours", args))
+        rows.append((f"a cheaper distance ({args.perceptual}), {precision}", "ours", cheaper))
+    if args.reconstruct_every > 1:
+        often = f"reconstruction in one step of {args.reconstruct_every}"
+        rows.append((f"{often} ({args.perceptual}), {precision}", "ours", args))
     found, looked_at = take_turns([row[1:] for row in rows], args.repeats, look=device.pick().type == "cuda")
     before = np.array(found[0][1])
     lines = [
@@ -214,8 +225,8 @@ def side_by_side(args):
 def growth(args):
     """Markdown table of our step at each size in `args.growth`."""
     lines = [
-        f"How our step ({args.perceptual}) grows with the size (operations: additions and multiplications of",
-        "convolutions and matrix products, as torch counts them):",
+        f"How our step ({args.perceptual}, reconstruction in one of {args.reconstruct_every}) grows with the size",
+        "(operations: additions and multiplications of convolutions and matrix products, as torch counts them):",
         "",
         "| size | seconds a step | against the size before | images/s | 10⁹ operations | 10⁹ a second | peak memory |",
         "|---|---|---|---|---|---|---|",
@@ -275,11 +286,12 @@ def traffic():
     return Counter()
 
 
-def look_at_gpu(step, flops, moved):
+def look_at_gpu(step, steps, flops, moved):
     """Markdown: where the time of a step goes on the GPU, and the least that its operations and bytes would take.
 
     Args:
         step: makes one.
+        steps: how many to look at, whole rounds.
         flops: its operations.
         moved: its bytes, as `traffic` counts them.
     """
@@ -288,19 +300,19 @@ def look_at_gpu(step, flops, moved):
 
     torch.cuda.synchronize()
     began = perf_counter()
-    for _ in range(ON_A_GPU):
+    for _ in range(steps):
         step()
     torch.cuda.synchronize()
-    seconds = (perf_counter() - began) / ON_A_GPU
+    seconds = (perf_counter() - began) / steps
     with profile(activities=[ProfilerActivity.CUDA]) as recorded:
-        for _ in range(5):
+        for _ in range(steps):
             step()
         torch.cuda.synchronize()
     spent, count = {kind: [0.0, 0] for kind in KERNELS}, 0
     for event in recorded.key_averages():
         kind = next(kind for kind, parts in KERNELS.items() if any(part in event.key.lower() for part in parts))
-        spent[kind][0] += event.self_device_time_total / 5e6
-        spent[kind][1] += event.count / 5
+        spent[kind][0] += event.self_device_time_total / 1e6 / steps
+        spent[kind][1] += event.count / steps
     busy, count = (sum(column) for column in zip(*spent.values(), strict=True))
     rows = [*spent.items(), ("all", (busy, count))]
     operations, bytes_a_second = ceilings()
@@ -333,7 +345,11 @@ def main():
     parser.add_argument(
         "--perceptual", choices=PERCEPTUAL, default=cheaper, help=f"the cheaper one (default {cheaper})"
     )
-    parser.add_argument("--repeats", type=int, default=5, help="timed steps of each program (default 5)")
+    seldom = PROFILES["real-cpu"]["stage1"]["reconstruct_every"]
+    parser.add_argument(
+        "--reconstruct-every", type=int, default=seldom, help=f"of the fast step, in steps (default {seldom})"
+    )
+    parser.add_argument("--repeats", type=int, default=5, help="turns of each program (default 5)")
     parser.add_argument("--threads", type=int, default=0, help="threads of the CPU (default: torch's choice)")
     parser.add_argument("--growth", type=int, choices=SIZES, nargs="*", default=SIZES, help="sizes (default: all)")
     args = parser.parse_args()

@@ -61,6 +61,9 @@ class Stage1Settings:
     ema_decay: float = 0.999
     # Needs no pretrained weights. To real images "mobilenet", which does, comes far nearer (`benchmarks/quality.py`).
     perceptual: str = "l1"
+    # Iterations from one reconstruction to the next, each then weighing as much more. Above 1 it saves time: lazy
+    # regularisation (T. Karras et al., CVPR 2020, arXiv:1912.04958, appendix B).
+    reconstruct_every: int = 1
     augment: str = "color,translation"
     checkpoint_every: int = 250
     sample_every: int = 250
@@ -81,7 +84,8 @@ class Stage1Settings:
         for name in filter(None, self.augment.split(",")):
             _require(name in AUGMENTATIONS, f"augment names {name!r}; there are {', '.join(AUGMENTATIONS)}.")
         _require(0 <= self.ema_decay < 1, f"ema_decay is {self.ema_decay}, it must be in [0, 1).")
-        for name in ("iterations", "checkpoint_every", "sample_every", "evaluate_every", "quality_images", "nz"):
+        counts = ("iterations", "checkpoint_every", "sample_every", "evaluate_every", "quality_images", "nz")
+        for name in (*counts, "reconstruct_every"):
             _require(getattr(self, name) > 0, f"{name} is {getattr(self, name)}, it must be above 0.")
 
 
@@ -286,6 +290,7 @@ PROFILES = {
             "ngf": 16,
             "iterations": 3000,
             "perceptual": "mobilenet",
+            "reconstruct_every": 4,
             "checkpoint_every": 250,
             "sample_every": 250,
             "evaluate_every": 500,

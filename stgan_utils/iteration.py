@@ -1,5 +1,7 @@
 """One iteration of a GAN training: a batch, the discriminator's step, the generator's, the average of its weights."""
 
+from functools import partial
+
 import numpy as np
 import torch
 from torch.nn import functional as F
@@ -93,7 +95,11 @@ class Iteration:
         self.quadrant = torch.zeros(1, dtype=torch.long, device=self.device)
         self.noise, self.ramp = torch.zeros(2, device=self.device)
         self._mixed, self._copied = self._averaged()
-        self._losses = Replayed(self._iterate) if self.recorded else self._iterate
+        # With and without reconstruction: two recordings, which have no need of memory at the same time.
+        self._losses = {rebuilds: partial(self._iterate, rebuilds) for rebuilds in (True, False)}
+        if self.recorded:
+            pool = torch.cuda.graph_pool_handle()
+            self._losses = {rebuilds: Replayed(iterate, pool) for rebuilds, iterate in self._losses.items()}
 
     def _modules(self):
         return {
@@ -106,7 +112,7 @@ class Iteration:
     def step(self):
         """One iteration: batch, discriminator, generator, average. Returns the losses as tensors on the device."""
         self._set_inputs()
-        losses = self._losses()
+        losses = self._losses[self.iteration % self.settings.reconstruct_every == 0]()
         self._average()
         self.iteration += 1
         return losses
@@ -119,22 +125,25 @@ class Iteration:
         if self.barlow:
             self.ramp.fill_(self._ramp())
 
-    def _iterate(self):
+    def _iterate(self, rebuilds):
         real = self._batch()
         z = parallel.drawn(torch.randn, (len(real), self.generator.nz), device=self.device)
         with devices.autocast(self.device, self.generator.ngf):
             fake = [diff_augment(view, self.settings.augment) for view in self.generator(z, with_small=True)]
-        return self._discriminator_step(real, fake) | self._generator_step(fake)
+        return self._discriminator_step(real, fake, rebuilds) | self._generator_step(fake)
 
-    def _discriminator_step(self, real, fake):
+    def _discriminator_step(self, real, fake, rebuilds):
         s = self.settings
         view = diff_augment(real, s.augment)
         with devices.autocast(self.device, self.generator.ngf):
             judged = self._judge(view, small_view(view))
             d_real, d_fake = hinge_d_loss(judged.logits, self._judge(*(f.detach() for f in fake)).logits)
-            rebuild = self._reconstruction(view, judged)
-            total = d_real + d_fake + rebuild
-            losses = {"d_real": d_real, "d_fake": d_fake, "reconstruction": rebuild}
+            total = d_real + d_fake
+            losses = {"d_real": d_real, "d_fake": d_fake}
+            if rebuilds:
+                losses["reconstruction"] = self._reconstruction(view, judged)
+                # So much more of it when it is there, that it weighs the same in the mean.
+                total = total + s.reconstruct_every * losses["reconstruction"]
             if self.barlow:
                 other = diff_augment(real, s.augment)
                 embed = [self.projector(j.last.mean((2, 3))) for j in (judged, self._judge(other, small_view(other)))]

@@ -26,7 +26,7 @@ from stgan_utils.trainer import GanTrainer
 ROOT = Path(__file__).resolve().parents[1]
 RARE = {"sample_every": 1000, "evaluate_every": 1000, "quality_images": 2}
 TINY = {"size": 64, "ngf": 8, "nz": 32, "batch_size": 3, **RARE}
-STAGE1 = Stage1Settings(iterations=12, checkpoint_every=3, **TINY)
+STAGE1 = Stage1Settings(iterations=12, checkpoint_every=3, reconstruct_every=2, **TINY)
 STAGE2 = Stage2Settings(
     iterations=6, checkpoint_every=2, lesion="DF", freeze_blocks=2, bt_ramp=4, noise_decay=5, seed=1, **TINY
 )
@@ -245,6 +245,20 @@ def test_no_layer_changes_the_layout_of_a_step(tmp_path, whole):
                 layer.register_forward_hook(lambda _, inputs, output: seen.extend((inputs[0], output)))
     gan.step()
     assert len(seen) > 100 and all(features.is_contiguous() for features in seen)
+
+
+def test_seldom_reconstruction_weighs_as_much_more(tmp_path):
+    def gradients(every, steps):
+        gan = GanTrainer(replace(STAGE1, reconstruct_every=every), IMAGES, tmp_path)
+        losses = [gan.step() for _ in range(steps)]
+        return losses, [p.grad for p in gan.discriminator.decoder_part.parameters()]
+
+    (_, once), (_, thrice) = gradients(1, 1), gradients(3, 1)
+    for one, three in zip(once, thrice, strict=True):
+        torch.testing.assert_close(three, 3 * one)
+    losses, none = gradients(3, 3)
+    assert ["reconstruction" in found for found in losses] == [True, False, False]
+    assert set(none) == {None}  # the optimiser leaves such weights alone
 
 
 def test_average_is_the_plain_loop(tmp_path):
