@@ -4,8 +4,9 @@ DIR is a clone of FastGAN's public code (hugobb/FastGAN-pytorch is a copy of the
 losses and augmentation make the step that ours is compared with, on the same kind of batch. Without it, ours is
 compared with itself done plainly: float32, channels first, memory given back at every step. Perceptual networks have
 random weights here, which cost the same. Each program has a process of its own, so that neither gets what the other set
-up; they take turns, step by step; on a GPU, where one step is too short to be timed, some ten at a time. Where not every
-step reconstructs, a turn is a whole round of those that do and those that do not. Ends with how the cost grows with the size of the images and, on a GPU, with what the time goes into and what the device could do.
+up; they take turns, step by step; on a GPU, where one step is too short to be timed, some ten at a time. Where not
+every step reconstructs, a turn is a whole round of those that do and those that do not. Ends with how the cost grows
+with the size of the images and, on a GPU, with what the time goes into and what the device could do.
 """
 
 import argparse
@@ -225,15 +226,15 @@ def side_by_side(args):
 def growth(args):
     """Markdown table of our step at each size in `args.growth`."""
     lines = [
-        f"How our step ({args.perceptual}, reconstruction in one of {args.reconstruct_every}) grows with the size",
-        "(operations: additions and multiplications of convolutions and matrix products, as torch counts them):",
+        f"How our step ({args.perceptual}) grows with the size (operations: additions and multiplications of",
+        "convolutions and matrix products, as torch counts them):",
         "",
         "| size | seconds a step | against the size before | images/s | 10⁹ operations | 10⁹ a second | peak memory |",
         "|---|---|---|---|---|---|---|",
     ]
     last = None
     for size in args.growth:
-        sized = argparse.Namespace(**{**vars(args), "size": size})
+        sized = argparse.Namespace(**{**vars(args), "size": size, "reconstruct_every": 1})
         [(operations, taken, peak)], _ = take_turns([("ours", sized)], args.repeats)
         seconds = median(taken)
         times = f"{seconds / last:.2f}×" if last else ""
@@ -345,9 +346,8 @@ def main():
     parser.add_argument(
         "--perceptual", choices=PERCEPTUAL, default=cheaper, help=f"the cheaper one (default {cheaper})"
     )
-    seldom = PROFILES["real-cpu"]["stage1"]["reconstruct_every"]
     parser.add_argument(
-        "--reconstruct-every", type=int, default=seldom, help=f"of the fast step, in steps (default {seldom})"
+        "--reconstruct-every", type=int, default=4, help="steps, in the last program compared (default 4)"
     )
     parser.add_argument("--repeats", type=int, default=5, help="turns of each program (default 5)")
     parser.add_argument("--threads", type=int, default=0, help="threads of the CPU (default: torch's choice)")

@@ -290,7 +290,6 @@ PROFILES = {
             "ngf": 16,
             "iterations": 3000,
             "perceptual": "mobilenet",
-            "reconstruct_every": 4,
             "checkpoint_every": 250,
             "sample_every": 250,
             "evaluate_every": 500,
