@@ -128,7 +128,6 @@ def main():
         lines += ["", *compared_by_seed(kids)]
     body = f"""
 Stage 1 on {len(learnt):,} real training images, {args.size} px, width {args.ngf}, batch {Stage1Settings.batch_size};
-reconstruction in each iteration of {args.perceptual[0]}, else in one of {args.reconstruct_every};
 KID in the features of {extractor.name}, {len(held_out):,} generated images against as many held-out real ones, lower
 is better (a network's own features flatter the distance that is taken in them).
 
@@ -136,7 +135,8 @@ is better (a network's own features flatter the distance that is taken in them).
 """
     print(body)
     spent = " and ".join(f"{iterations:,}" for iterations in dict.fromkeys(lengths))
-    write_section(f"What speed costs in quality, {spent} iterations", body, PACKAGES)
+    seldom = f", reconstruction in one of {args.reconstruct_every}" if args.reconstruct_every > 1 else ""
+    write_section(f"What speed costs in quality, {spent} iterations{seldom}", body, PACKAGES)
 
 
 if __name__ == "__main__":
