@@ -207,6 +207,8 @@ def _send(api, folder, notebook, metadata):
     """Pushes; `folder` then holds what was sent. Returns the kernel's address."""
     import nbformat
 
+    if "machine_shape" in metadata:
+        _check_accelerator()
     folder.parent.mkdir(parents=True, exist_ok=True)
     with TemporaryDirectory(dir=folder.parent, prefix=".") as temporary:
         made = Path(temporary) / folder.name
@@ -220,6 +222,16 @@ def _send(api, folder, notebook, metadata):
         shutil.rmtree(folder, ignore_errors=True)
         os.replace(made, folder)
     return answer.url
+
+
+def _check_accelerator():
+    from kagglesdk.kernels.types.kernels_api_service import ApiSaveKernelRequest  # comes with kaggle
+
+    if not hasattr(ApiSaveKernelRequest, "machine_shape"):
+        raise UserError(
+            "This kaggle package cannot ask for T4 × 2, and Kaggle may then choose a GPU that torch has dropped: steps "
+            "that train are pushed with kaggle 1.8.4 or newer, which needs Python 3.11."
+        )
 
 
 # --- from Kaggle -------------------------------------------------------------------------------------------------

@@ -10,6 +10,7 @@ import json
 import os
 import re
 import shutil
+import sys
 import threading
 from contextlib import contextmanager
 from types import SimpleNamespace
@@ -140,6 +141,12 @@ def command(monkeypatch, *words):
     return ended.value.code
 
 
+asks_for_gpus = pytest.mark.skipif(
+    sys.version_info < (3, 11), reason="the newest kaggle package for Python 3.10 cannot ask for T4 × 2"
+)
+
+
+@asks_for_gpus
 def test_a_session_cut_in_the_middle_of_stage_1_changes_nothing(kaggle, tmp_path, phantom_dir, monkeypatch, capsys):
     out = tmp_path / "here" / "run"
     pairs = [word for key, value in LENGTH.items() for word in ("-p", key, value)]
@@ -165,6 +172,7 @@ def test_a_session_cut_in_the_middle_of_stage_1_changes_nothing(kaggle, tmp_path
     kaggle.work()
     slug = "somebody/stgan-run-02-stage1-global-gan"
     assert kaggle.kernels[slug].status == "COMPLETE"
+    assert kaggle.kernels[slug].request.machine_shape == "NvidiaTeslaT4"
     assert "Stopped at iteration 6 of 10" in (kaggle.kernels[slug].output / "__notebook__.ipynb").read_text()
     assert kaggle_kernels.status(out)[STAGE1] == "unfinished"
     with pytest.raises(
@@ -299,6 +307,16 @@ def test_a_push_that_fails_is_forgotten(kaggle, run_dir, refusal, sentence):
     assert kaggle_kernels.status(run_dir) == {START: "queued"}
 
 
+def test_a_package_that_cannot_ask_for_t4_pushes_no_training(kaggle, run_dir, monkeypatch):
+    from kagglesdk.kernels.types.kernels_api_service import ApiSaveKernelRequest
+
+    pushed(kaggle, run_dir, "COMPLETE", files={f"{START}.zip": b""})
+    monkeypatch.delattr(ApiSaveKernelRequest, "machine_shape", raising=False)
+    with pytest.raises(UserError, match=r"cannot ask for T4 × 2.*kaggle 1\.8\.4 or newer, which needs Python 3\.11\.$"):
+        kaggle_kernels.push("all", run_dir, profile="smoke")
+    assert len(kaggle.kernels) == 1 and os.listdir(run_dir / "kaggle") == [START]
+
+
 def test_a_kernel_that_failed(kaggle, run_dir, phantom_dir, capsys):
     pushed(kaggle, run_dir, "ERROR", "Your notebook tried to allocate more memory than is available.")
     state = kaggle_kernels.status(run_dir)[START]
@@ -366,6 +384,7 @@ def test_a_pull_that_fails_leaves_nothing(kaggle, run_dir, tmp_path, phantom_dir
     assert runs.is_done(run_dir, START, config.resolve("data", "smoke"), str(phantom_dir))
 
 
+@asks_for_gpus
 def test_a_step_made_from_another_earlier_step_is_refused(kaggle, run_dir, tmp_path, phantom_dir):
     mounted = tmp_path / "kaggle" / "input" / "datasets" / "kmader" / "skin-cancer-mnist-ham10000"
     shutil.copytree(phantom_dir, mounted)
