@@ -1,4 +1,4 @@
-"""Layers that PyTorch has too, in a form that a GPU computes fast: the same numbers, other kernels.
+"""Layers that PyTorch has too, in a form that is computed fast, most of all by a GPU: the same numbers, other kernels.
 
 FastGAN's features lie channels last on a GPU, and some of PyTorch's operations are not made for that. Milliseconds are
 those of a profile on an H200: a step of 256 px, batch 8, took 38.
@@ -33,11 +33,15 @@ class GatedLinearUnit(nn.Module):
 
 
 class _Halved(torch.autograd.Function):
-    """`F.avg_pool2d(features, 2)`; its gradient by repetition: PyTorch's kernel took a GPU 0.9 of 38 ms a step."""
+    """`F.avg_pool2d(features, 2)`; its gradient by repetition: PyTorch's kernel took a GPU 0.9 of 38 ms a step.
+    On a CPU its forward one takes five times as long as sums of slices do."""
 
     @staticmethod
     def forward(ctx, features):
-        return F.avg_pool2d(features, 2)
+        if features.is_cuda:
+            return F.avg_pool2d(features, 2)
+        rows = features[:, :, ::2] + features[:, :, 1::2]
+        return (rows[..., ::2] + rows[..., 1::2]) / 4
 
     @staticmethod
     def backward(ctx, gradient):
