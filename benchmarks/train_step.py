@@ -226,8 +226,8 @@ def side_by_side(args):
 def growth(args):
     """Markdown table of our step at each size in `args.growth`."""
     lines = [
-        f"How our step ({args.perceptual}) grows with the size (operations: additions and multiplications of",
-        "convolutions and matrix products, as torch counts them):",
+        f"How our step ({args.perceptual}, reconstruction in each) grows with the size (operations: additions and",
+        "multiplications of convolutions and matrix products, as torch counts them):",
         "",
         "| size | seconds a step | against the size before | images/s | 10⁹ operations | 10⁹ a second | peak memory |",
         "|---|---|---|---|---|---|---|",
@@ -346,8 +346,9 @@ def main():
     parser.add_argument(
         "--perceptual", choices=PERCEPTUAL, default=cheaper, help=f"the cheaper one (default {cheaper})"
     )
+    seldom = PROFILES["real-cpu"]["stage1"]["reconstruct_every"]
     parser.add_argument(
-        "--reconstruct-every", type=int, default=4, help="steps, in the last program compared (default 4)"
+        "--reconstruct-every", type=int, default=seldom, help=f"steps, in the last program compared (default {seldom})"
     )
     parser.add_argument("--repeats", type=int, default=5, help="turns of each program (default 5)")
     parser.add_argument("--threads", type=int, default=0, help="threads of the CPU (default: torch's choice)")
