@@ -46,7 +46,8 @@ def push(
         dry_run: print what would be sent, whether or not its earlier steps are done, and send nothing.
 
     Raises:
-        UserError: wrong input, no token, no network, Kaggle refuses, or a step that was named waits for another.
+        UserError: wrong input, no token, no network, a `kaggle` package too old for steps that train, Kaggle refuses,
+            or a step that was named waits for another.
     """
     run_dir, steps = Path(run_dir).expanduser().resolve(), _choose(wanted)
     if not internet and not package:

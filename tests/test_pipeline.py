@@ -235,7 +235,7 @@ def test_a_killed_pipeline_leaves_no_notebook_running(sequence, tmp_path):
     process = subprocess.Popen([sys.executable, script], env=os.environ | {"PYTHONPATH": str(ROOT)})
     pid_file = tmp_path / "run" / "pid"
     try:
-        wait_for(lambda: pid_file.exists() and pid_file.read_text())
+        wait_for(lambda: pid_file.exists() and pid_file.read_text(), 120)
     finally:
         process.kill()
         process.wait()
@@ -249,7 +249,7 @@ def alive(pid):
     return subprocess.run(["ps", "-p", str(pid)], capture_output=True).returncode == 0
 
 
-def wait_for(condition, seconds=120):
+def wait_for(condition, seconds=30):
     end = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < end

@@ -74,15 +74,15 @@ def test_no_notebook_outlives_its_worker_or_the_driver(cluster, tmp_path):
     def kernels():
         return {int(path.name[3:]) for path in (tmp_path / "run").glob("pid*")}
 
-    wait_for(kernels)
+    wait_for(kernels, 120)
     (first,) = kernels()
     (worker,) = (one for one in psutil.Process(first).parents() if one.name().startswith("ray::"))
     worker.kill()
-    wait_for(lambda: not alive(first))
-    wait_for(lambda: len(kernels()) == 2)  # begun again
+    wait_for(lambda: not alive(first), 60)
+    wait_for(lambda: len(kernels()) == 2, 120)  # begun again
     (second,) = kernels() - {first}
     driver.process.kill()
-    wait_for(lambda: not alive(second))
+    wait_for(lambda: not alive(second), 60)
 
 
 def test_what_trains_takes_a_gpu_where_the_cluster_has_one(cluster, tmp_path, capsys):
