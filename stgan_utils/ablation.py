@@ -17,7 +17,7 @@ from stgan_utils.losses import barlow_twins
 from stgan_utils.trainer import GanTrainer
 
 ARMS = {"both": {}, "nothing frozen": {"freeze_blocks": 0}, "no Barlow Twins": {"bt_weight": 0.0}}
-POINTS = 5  # of each curve, after the start
+POINTS = 5  # of each curve at least, after the start
 GENERATED = 200  # images behind each KID at most
 LOOKED_AT = 64  # training images at most that the discriminator is asked about
 
@@ -48,24 +48,27 @@ def run(settings, real, start, extractor, folder):
         start: the checkpoint of Stage 1, generator and discriminator.
         extractor: of the features for KID.
         folder: where `ablation.json` goes. Called again with the same settings, nothing is trained; a killed run goes
-            on with the arm that it was at.
+            on with the arm that it was at, or begins anew where settings or feature space have changed.
 
     Returns:
-        DataFrame: arm, iteration, kid, kid_low, kid_high, and the figures of `asked`.
+        DataFrame: arm, iteration, feature_space, kid, kid_low, kid_high, and the figures of `asked`.
     """
     wanted = {name: asdict(arm) for name, arm in arms(settings).items()}
-    done = folder / "ablation.json"
-    if done.exists() and (found := files.read_json(done))["settings"] == wanted:
-        return pd.DataFrame(found["curves"])
-    distance = quality.DistanceToReal(real, extractor, settings.seed)
-    curves = [
-        _train(arm, real, start, distance, folder / name).assign(arm=name) for name, arm in arms(settings).items()
-    ]
-    curves = pd.concat(curves, ignore_index=True)
-    files.write_json(done, {"settings": wanted, "curves": curves.to_dict("list")})
-    for name in wanted:
-        shutil.rmtree(folder / name)
-    return curves
+    done, trainings = folder / "ablation.json", folder / "trainings"
+    if not done.exists() or files.read_json(done)["settings"] != wanted:
+        begun, state = trainings / "begun.json", {"settings": wanted, "feature_space": extractor.name}
+        if trainings.exists() and (not begun.exists() or files.read_json(begun) != state):
+            shutil.rmtree(trainings)
+        files.write_json(begun, state)
+        distance = quality.DistanceToReal(real, extractor, settings.seed)
+        curves = [
+            _train(arm, real, start, distance, trainings / name).assign(arm=name)
+            for name, arm in arms(settings).items()
+        ]
+        curves = pd.concat(curves, ignore_index=True).assign(feature_space=extractor.name)
+        files.write_json(done, {"settings": wanted, "curves": curves.to_dict("list")})
+    shutil.rmtree(trainings, ignore_errors=True)
+    return pd.DataFrame(files.read_json(done)["curves"])
 
 
 def _train(settings, real, start, distance, folder):

@@ -1,7 +1,7 @@
 """DiffAugment: the same random changes for what the discriminator sees, real or generated.
 
 S. Zhao et al., "Differentiable Augmentation for Data-Efficient GAN Training", NeurIPS 2020 (arXiv:2006.10738). Every
-operation is differentiable, so that the generator learns through it, and draws one number an image and change.
+operation is differentiable, so that the generator learns through it, and draws its numbers for each image.
 """
 
 from functools import partial

@@ -31,6 +31,11 @@ def _require(ok, message):
         raise UserError(message)
 
 
+def _require_seed(seed):
+    # Streams are seeded with multiples of it, which must stay below 2⁶⁴.
+    _require(0 <= seed < 2**32, f"seed is {seed}, it must be in 0 … 4,294,967,295.")
+
+
 @dataclass(frozen=True)
 class DataSettings:
     """Step 00: where the images come from and how they are split."""
@@ -43,6 +48,7 @@ class DataSettings:
     on_bad: str = "error"
 
     def __post_init__(self):
+        _require_seed(self.seed)
         _require(self.phantom_images >= 140, f"phantom_images is {self.phantom_images}, it must be at least 140.")
         _require(self.on_bad in ("error", "skip"), f"on_bad is {self.on_bad!r}, it must be 'error' or 'skip'.")
 
@@ -79,7 +85,7 @@ class Stage1Settings:
         _require(self.perceptual in PERCEPTUAL, f"perceptual is {self.perceptual!r}, it must be one of {PERCEPTUAL}.")
         _require(self.ngf % 8 == 0 and self.ngf > 0, f"ngf is {self.ngf}, it must be a multiple of 8.")
         _require(self.batch_size >= 2, f"batch_size is {self.batch_size}, it must be at least 2.")
-        _require(self.seed >= 0, f"seed is {self.seed}, it must not be negative.")
+        _require_seed(self.seed)
         _require(0 < self.learning_rate < 1, f"learning_rate is {self.learning_rate}, it must be in (0, 1).")
         for name in filter(None, self.augment.split(",")):
             _require(name in AUGMENTATIONS, f"augment names {name!r}; there are {', '.join(AUGMENTATIONS)}.")
@@ -87,6 +93,11 @@ class Stage1Settings:
         counts = ("iterations", "checkpoint_every", "sample_every", "evaluate_every", "quality_images", "nz")
         for name in (*counts, "reconstruct_every"):
             _require(getattr(self, name) > 0, f"{name} is {getattr(self, name)}, it must be above 0.")
+
+    @property
+    def width(self):
+        """Channels of the widest images, what `device.precision` goes by on a CPU."""
+        return self.ngf
 
 
 @dataclass(frozen=True)
@@ -169,6 +180,7 @@ class ClassifierSettings:
     bootstrap: int = 1000  # resamples behind every interval
 
     def __post_init__(self):
+        _require_seed(self.seed)
         _require(self.size >= 32, f"size is {self.size}, it must be at least 32.")
         for name in ("epochs", "batch_size", "bootstrap"):
             _require(getattr(self, name) > 0, f"{name} is {getattr(self, name)}, it must be above 0.")
@@ -184,6 +196,11 @@ class ClassifierSettings:
         for name, choices in CHOICES.items():
             value = getattr(self, name)
             _require(value in choices, f"{name} is {value!r}, it must be one of {', '.join(choices)}.")
+
+    @property
+    def width(self):
+        """As of the GANs: of MobileNetV2's first layer."""
+        return 32
 
 
 @dataclass(frozen=True)
@@ -209,7 +226,7 @@ class PostMortemSettings:
     bootstrap: int = 1000  # resamples behind every interval
 
     def __post_init__(self):
-        _require(self.seed >= 0, f"seed is {self.seed}, it must not be negative.")
+        _require_seed(self.seed)
         _require(self.bootstrap > 0, f"bootstrap is {self.bootstrap}, it must be above 0.")
 
 

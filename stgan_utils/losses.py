@@ -1,4 +1,4 @@
-"""The losses: hinge with soft margin, perceptual distance, Barlow Twins. Each is a pure function of tensors."""
+"""The losses: hinge with soft margin, perceptual distance, Barlow Twins. Each is a function of tensors."""
 
 import torch
 from torch import nn

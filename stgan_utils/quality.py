@@ -83,7 +83,7 @@ class DistanceToReal:
     """
 
     def __init__(self, real_images, extractor, seed=0):
-        self.extractor, self.seed = extractor, seed
+        self.extractor, self.seed, self.feature_space = extractor, seed, extractor.name
         self.real_features = extractor(real_images)
 
     def __call__(self, fake_images):

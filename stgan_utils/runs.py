@@ -73,7 +73,7 @@ def is_done(run_dir, step, settings, data):
     stored = result(run_dir, step)
     if stored is None:
         return False
-    inputs = _fingerprints(run_dir, stored["inputs"])
+    inputs = fingerprints(run_dir, stored["inputs"])
     return stored["fingerprint"] == fingerprint(step, settings, data, inputs)
 
 
@@ -145,7 +145,7 @@ def open_step(step, settings, data, run_dir, profile, needs=()):
             if automatic and data == PHANTOM:
                 way_on = f"which is not here: {places.advice('data')}, or choose another run folder"
             raise UserError(f"{run_dir / name} was made from {earlier['data']}, {way_on}.")
-    inputs = _fingerprints(run_dir, needs)
+    inputs = fingerprints(run_dir, needs)
     check_folder(run_dir, step, settings, data, inputs)
     begun = {"step": step, "settings": asdict(settings), "data": data, "profile": profile, "inputs": inputs}
     files.write_json(run_dir / step / "settings.json", begun)
@@ -216,7 +216,7 @@ class OpenStep:
     def __post_init__(self):
         from stgan_utils import device  # torch: only a step at work pays for it
 
-        self.device = device.describe()
+        self.device = device.describe(getattr(self.settings, "width", 0))
         self._started = time.monotonic()
         if not self.data_name:
             fallback = PHANTOM_NAME if self.data == PHANTOM else Path(self.data).name
@@ -312,7 +312,8 @@ class OpenStep:
         return values
 
 
-def _fingerprints(run_dir, steps):
+def fingerprints(run_dir, steps):
+    """{step: the fingerprint in its `result.json`, None where it has not been finished}."""
     return {name: (result(run_dir, name) or {}).get("fingerprint") for name in steps}
 
 

@@ -50,7 +50,8 @@ class GanTrainer(Iteration):
         images: (N, S, S, 3) uint8, all of them used for training; may be memory-mapped.
         folder: the run's folder; a checkpoint in it is continued.
         start: (generator, discriminator) to begin from instead of random weights: Stage 2.
-        evaluate: called with (M, S, S, 3) uint8 generated images, returns a dict with "kid"; None: never.
+        evaluate: called with (M, S, S, 3) uint8 generated images, returns a dict with "kid"; None: never. Its
+            `feature_space`, if it has one, is in the checkpoint: figures of another one do not compare.
         on_sample: called with (iteration, grid (H, W, 3) uint8) whenever a grid is drawn.
 
     Raises:
@@ -62,6 +63,9 @@ class GanTrainer(Iteration):
         super().__init__(settings, images, start)
         self.folder, self.evaluate, self.on_sample = folder, evaluate, on_sample
         self.best, self.history, self.quality = None, [], []
+        if parallel.is_main():
+            for left in folder.glob(f".{self.checkpoint.stem}.*"):  # of a kill while it was written
+                left.unlink()
         if self.checkpoint.exists():
             self._resume()
 
@@ -122,7 +126,7 @@ class GanTrainer(Iteration):
             kept = f"the last good checkpoint is {self.checkpoint}" if self.checkpoint.exists() else "none was kept yet"
             raise UserError(
                 f"The {', '.join(broken)} was no longer a number by iteration {self.iteration}; {kept}. "
-                "Lower learning_rate and run again."
+                "Train anew in another run folder with a lower learning_rate."
             )
         self.history.append({"iteration": self.iteration, **mean})
         rate = bar.format_dict["rate"] or 0
@@ -142,18 +146,40 @@ class GanTrainer(Iteration):
             if self.on_sample:
                 self.on_sample(self.iteration, grid)
         if self.evaluate and (force or self.iteration % s.evaluate_every == 0):
-            pictures = generation.sample(self.ema, SAMPLE_SEED, range(s.quality_images))
-            found = {"iteration": self.iteration, **self.evaluate(pictures)}
-            self.quality.append(found)
-            if self.best is None or found["kid"] < self.best["kid"]:
-                self.best = found
-                checkpoints.save_generator(self.folder / "best.safetensors", self.ema, self._header(quality=found))
+            self._measure(self.iteration, self.ema)
+
+    def _measure(self, iteration, generator):
+        pictures = generation.sample(generator, SAMPLE_SEED, range(self.settings.quality_images))
+        found = {"iteration": iteration, **self.evaluate(pictures)}
+        self.quality.append(found)
+        if self.best is None or found["kid"] < self.best["kid"]:
+            self.best = found
+            checkpoints.save_generator(self.best_file, generator, self._header(iteration=iteration, quality=found))
+
+    def _measure_anew(self):
+        """KID in this session's feature space of the best generator so far and of the one at the start, as which `ema`
+        must still be; what was measured in another space is dropped."""
+        best = checkpoints.load_generator(self.best_file).to(self.device)
+        iteration = checkpoints.read_header(self.best_file)["iteration"]
+        self.best, self.quality = None, []
+        self._measure(iteration, best)  # first: killed here, it is still in its file
+        if iteration > 0:
+            self._measure(0, self.ema)
+        self.quality.reverse()
 
     # --- checkpoints -------------------------------------------------------------------------------------------
 
     @property
     def checkpoint(self):
         return self.folder / "checkpoint.safetensors"
+
+    @property
+    def best_file(self):
+        return self.folder / "best.safetensors"
+
+    @property
+    def feature_space(self):
+        return getattr(self.evaluate, "feature_space", None)
 
     def _header(self, **more):
         return {
@@ -180,6 +206,7 @@ class GanTrainer(Iteration):
             optimizers=optimizers,
             scaler=self.scaler.state_dict(),
             best=self.best,
+            feature_space=self.feature_space,
             history=self.history,
             quality=self.quality,
         )
@@ -200,6 +227,12 @@ class GanTrainer(Iteration):
                 f"{self.checkpoint} was trained with other settings ({', '.join(differ)}): choose another run folder, "
                 "or delete that file to train anew."
             )
+        self.iteration, self.best = header["iteration"], header["best"]
+        self.history, self.quality = header["history"], header["quality"]
+        measured = self.best and parallel.is_main() and self.evaluate
+        if measured and header.get("feature_space", self.feature_space) != self.feature_space:
+            print(f"KID: {self.feature_space} from here on; the start and the best generator are measured anew in it.")
+            self._measure_anew()
         for name, module in self._modules().items():
             module.load_state_dict(checkpoints.without_prefix(name, tensors))
         for name, optimizer in (("optimizer_g", self.optimizer_g), ("optimizer_d", self.optimizer_d)):
@@ -210,9 +243,10 @@ class GanTrainer(Iteration):
             # What the optimiser may do here, this device decides, not the one that wrote the checkpoint.
             groups = [group | {"capturable": self.recorded} for group in header["optimizers"][name]]
             optimizer.load_state_dict({"state": slots, "param_groups": groups})
-        self.scaler.load_state_dict(header["scaler"])
-        self.iteration, self.best = header["iteration"], header["best"]
-        self.history, self.quality = header["history"], header["quality"]
+        if header["scaler"]:  # empty where the session before had no need of one
+            self.scaler.load_state_dict(header["scaler"])
         torch.set_rng_state(tensors["rng.cpu"])
-        if self.device.type == "cuda":
+        if self.device.type == "cuda" and "rng.cuda" in tensors:
             torch.cuda.set_rng_state(tensors["rng.cuda"], self.device)
+        elif self.device.type == "cuda":  # from a CPU
+            torch.cuda.manual_seed(self.settings.seed + self.iteration)

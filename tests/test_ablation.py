@@ -33,6 +33,9 @@ def extractor(images):
     return images.reshape(len(images), -1)[:, ::501].astype(np.float32)
 
 
+extractor.name = "pixels"
+
+
 @pytest.fixture(scope="module")
 def curves(start, tmp_path_factory):
     folder = tmp_path_factory.mktemp("whole")
@@ -71,16 +74,36 @@ def test_a_killed_run_goes_on_and_ends_the_same(curves, start, tmp_path):
             raise KeyboardInterrupt
         return extractor(images)
 
-    with pytest.raises(KeyboardInterrupt):
-        ablation.run(SETTINGS, IMAGES, start, killed_in_the_second_arm, tmp_path)
-    first = tmp_path / "both" / "checkpoint.safetensors"
-    written = first.stat().st_mtime_ns
-
     def check(images):
         assert not first.exists() or first.stat().st_mtime_ns == written
         return extractor(images)
 
+    killed_in_the_second_arm.name = check.name = extractor.name
+    with pytest.raises(KeyboardInterrupt):
+        ablation.run(SETTINGS, IMAGES, start, killed_in_the_second_arm, tmp_path)
+    first = tmp_path / "trainings" / "both" / "checkpoint.safetensors"
+    written = first.stat().st_mtime_ns
     assert ablation.run(SETTINGS, IMAGES, start, check, tmp_path).equals(found)
+
+
+@pytest.mark.parametrize("changed", ["length", "feature space"])
+def test_a_killed_run_begins_anew_where_its_arms_would_not_compare(changed, start, tmp_path):
+    settings = replace(SETTINGS, ablation_iterations=4 if changed == "length" else 2)
+    calls = []
+
+    def other(images):
+        calls.append(len(images))
+        if len(calls) == 9:
+            raise KeyboardInterrupt
+        return extractor(images) / 2
+
+    other.name = extractor.name if changed == "length" else "half of the pixels"
+    with pytest.raises(KeyboardInterrupt):
+        ablation.run(settings, IMAGES, start, other, tmp_path)
+    found = ablation.run(SETTINGS, IMAGES, start, extractor, tmp_path)
+    assert found.groupby("arm")["iteration"].apply(list).to_list() == [[0, 1, 2]] * 3
+    assert found[found["iteration"] == 0]["kid"].nunique() == 1 and set(found["feature_space"]) == {"pixels"}
+    assert [path.name for path in tmp_path.iterdir()] == ["ablation.json"]
 
 
 def test_what_the_discriminator_is_asked_costs_no_random_number():

@@ -64,6 +64,7 @@ def test_text_and_numbers_become_the_settings_kind(name, value, wanted):
         ("batch_size", 1),
         ("ema_decay", 1),
         ("seed", -1),
+        ("seed", 1_754_000_000_000_000),  # a time in microseconds
         ("perceptual", "lpips"),
         ("augment", "color,cutout"),
         ("checkpoint_every", 0),

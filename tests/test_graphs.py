@@ -101,3 +101,12 @@ def test_a_checkpoint_of_the_gpu_goes_on_on_a_cpu(tmp_path, monkeypatch):
     monkeypatch.setattr(devices, "precision", lambda *_: torch.float32)
     GanTrainer(STAGE1, IMAGES, tmp_path, evaluate=lambda _: {"kid": 0.0}).run()
     assert checkpoints.read_header(tmp_path / "checkpoint.safetensors")["iteration"] == 12
+
+
+def test_a_checkpoint_of_a_cpu_goes_on_on_the_gpu(tmp_path, monkeypatch, precision):
+    with monkeypatch.context() as patch:
+        patch.setattr(devices, "pick", lambda: torch.device("cpu"))
+        patch.setattr(devices, "precision", lambda *_: torch.float32)
+        GanTrainer(replace(STAGE1, iterations=6), IMAGES, tmp_path, evaluate=lambda _: {"kid": 0.0}).run()
+    history, _ = GanTrainer(STAGE1, IMAGES, tmp_path, evaluate=lambda _: {"kid": 0.0}).run()
+    assert history["iteration"].iloc[-1] == 12 and np.isfinite(history.to_numpy()).all()

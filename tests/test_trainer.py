@@ -294,6 +294,33 @@ def test_best_is_where_kid_was_lowest_not_the_last(tmp_path):
     assert any(not torch.equal(best[name], last[name]) for name in best)
 
 
+@pytest.mark.parametrize("better", ["best", "start"])
+def test_kids_of_another_feature_space_are_not_compared(tmp_path, better, capsys):
+    """A session that has other features to measure by: half of the old space's lowest would beat all that follow."""
+
+    class Space:
+        def __init__(self, name, kids):
+            self.feature_space, self.kids, self.seen = name, iter(kids), []
+
+        def __call__(self, pictures):
+            self.seen.append(pictures)
+            return {"kid": next(self.kids)}
+
+    settings = replace(STAGE1, iterations=4, evaluate_every=2, checkpoint_every=2)
+    there = Space("Inception", [0.3, 0.1, 0.2])
+    GanTrainer(settings, IMAGES, tmp_path, evaluate=there).run()
+    here = Space("MobileNet", [5.0, 9.0, 4.0] if better == "best" else [9.0, 5.0, 6.0])
+    _, quality = GanTrainer(replace(settings, iterations=6), IMAGES, tmp_path, evaluate=here).run()
+    assert "MobileNet from here on" in capsys.readouterr().out
+    kids = {0: 9.0, 2: 5.0, 6: 4.0} if better == "best" else {0: 5.0, 2: 9.0, 6: 6.0}
+    assert dict(zip(quality["iteration"], quality["kid"], strict=True)) == kids
+    assert (here.seen[0] == there.seen[1]).all() and (here.seen[1] == there.seen[0]).all()  # the best, the start
+    header = checkpoints.read_header(tmp_path / "best.safetensors")
+    assert (header["iteration"], header["quality"]["kid"]) == ((6, 4.0) if better == "best" else (0, 5.0))
+    # The same space again: nothing is measured twice.
+    GanTrainer(replace(settings, iterations=6), IMAGES, tmp_path, evaluate=Space("MobileNet", []))
+
+
 def test_headers_say_what_the_files_are(whole):
     for name in ("checkpoint.safetensors", "generator.safetensors", "best.safetensors"):
         header = checkpoints.read_header(whole / name)
@@ -327,7 +354,7 @@ def poison_from(iteration, poison, monkeypatch):
 def test_nan_stops_the_run_and_names_the_last_good_checkpoint(tmp_path, monkeypatch, poison, broken):
     poison_from(2, poison, monkeypatch)
     settings = replace(STAGE1, iterations=6, checkpoint_every=1)
-    with pytest.raises(UserError, match=rf"{broken}.* by iteration 3; .*checkpoint\.safetensors\. Lower learning_rate"):
+    with pytest.raises(UserError, match=rf"{broken}.* by iteration 3; .*checkpoint\.safetensors\. Train anew .* lower"):
         GanTrainer(settings, IMAGES, tmp_path).run()
     kept, header = checkpoints.load(tmp_path / "checkpoint.safetensors")
     assert header["iteration"] == 2
@@ -391,6 +418,21 @@ def test_checkpoint_of_other_settings(whole):
 def test_too_many_frozen_blocks(tmp_path, whole):
     with pytest.raises(UserError, match="freeze_blocks is 9"):
         stage2(tmp_path, whole, replace(STAGE2, freeze_blocks=9))
+
+
+def test_checkpoint_of_a_device_that_did_not_scale_its_losses(tmp_path, whole, monkeypatch):
+    folder = shutil.copytree(whole, tmp_path / "copy")
+    monkeypatch.setattr(devices, "precision", lambda *_: torch.float16)
+    gan = GanTrainer(STAGE1, IMAGES, folder)
+    assert gan.iteration == STAGE1.iterations and gan.scaler.is_enabled()
+
+
+def test_what_a_kill_left_half_written_goes(tmp_path, whole):
+    folder = shutil.copytree(whole, tmp_path / "copy")
+    half = folder / ".checkpoint.0123abcd.safetensors"
+    half.write_bytes(b"half")
+    GanTrainer(STAGE1, IMAGES, folder)
+    assert not half.exists() and (folder / "checkpoint.safetensors").exists()
 
 
 def test_checkpoint_from_before_a_setting_was_there(tmp_path, whole):
