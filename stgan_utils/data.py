@@ -92,6 +92,9 @@ def _read(source, phantom=PHANTOM):
     # Of rows that agree on an id the first is good; where they disagree on the label none is.
     repeated = table.duplicated("image_id") | (table.groupby("image_id")["label"].transform("nunique") > 1)
     problem = pd.Series("", index=table.index)
+    if "synthetic" in table:
+        # One lesion, then, on two sides: generated images are always trained on.
+        problem[table["synthetic"] & digest.isin(digest[~table["synthetic"]])] = "generated copy of a real image"
     problem[digest == ""] = "unreadable"
     problem[table["path"] == ""] = "missing"
     problem[repeated] = "duplicate id"
@@ -278,6 +281,8 @@ def load_images(paths, size):
 
 def _decode(path, size):
     with Image.open(path) as image:
+        if image.mode.startswith("I"):  # 16 bits of grey, which Pillow would cut off at 255
+            image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
         return ImageOps.fit(image.convert("RGB"), (size, size), Image.Resampling.BICUBIC).tobytes()
 
 

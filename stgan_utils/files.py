@@ -16,9 +16,11 @@ def atomic_path(path):
     """A temporary path beside `path`; renamed over it when the block ends well, removed when it does not.
 
     Raises:
-        UserError: the disk is full; what stood at `path` before is untouched.
+        UserError: `path` is a folder, or the disk is full; what stood at `path` before is untouched.
     """
     path = Path(path)
+    if path.is_dir():
+        raise UserError(f"{path} is a folder: name a file.")
     path.parent.mkdir(parents=True, exist_ok=True)
     # The suffix stays last: writers such as Pillow and NumPy choose the format by it.
     temporary = path.with_name(f".{path.stem}.{secrets.token_hex(4)}{path.suffix}")

@@ -14,7 +14,7 @@ from stgan_utils import checkpoints
 from stgan_utils import device as devices
 from stgan_utils.config import UserError
 from stgan_utils.files import atomic_path, sha256
-from stgan_utils.layouts import IMAGE_SUFFIXES, whole_folder
+from stgan_utils.layouts import IMAGE_SUFFIXES, is_image, whole_folder
 
 BATCH = 16  # larger ones fall out of a CPU's caches and gain a GPU little
 GRID = 64  # images on a grid at most
@@ -233,7 +233,7 @@ def list_images(folder):
     folder = Path(folder).expanduser().resolve()
     if not folder.is_dir():
         raise UserError(f"There is no folder {folder}.")
-    paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES)
+    paths = sorted(path for path in folder.rglob("*") if is_image(path.relative_to(folder)))
     if not paths:
         raise UserError(f"There is no image ({', '.join(IMAGE_SUFFIXES)}) in {folder}.")
     rows = [(path.parent.name if path.parent != folder else "all", str(path)) for path in paths]

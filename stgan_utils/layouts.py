@@ -11,7 +11,8 @@ import re
 import shutil
 import tempfile
 from contextlib import contextmanager, suppress
-from pathlib import Path
+from pathlib import Path, PurePath
+from zipfile import BadZipFile
 
 import numpy as np
 import pandas as pd
@@ -21,7 +22,7 @@ from stgan_utils.config import UserError
 from stgan_utils.files import sha256
 from stgan_utils.lesions import CLASSES
 
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png")
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp")
 EXTRAS = ("age", "sex", "localization", "dx_type", "dataset", "synthetic")
 DEPTH = 3  # Kaggle mounts a dataset up to this many folders below /kaggle/input
 
@@ -31,7 +32,8 @@ def read_layout(source, cache):
 
     Args:
         source: a folder that holds a dataset itself or up to three folders deeper, or a metadata, ground-truth or
-            `.npz` file. Images are looked for anywhere below the folder, by their file name.
+            `.npz` file. Images are looked for anywhere below the folder (that of the file, or the one that holds ISIC's
+            `…_GroundTruth/`), by their file name.
         cache: folder for images that have to be unpacked first (DermaMNIST).
 
     Raises:
@@ -42,7 +44,8 @@ def read_layout(source, cache):
         raise UserError(f"There is no folder {source}; give a dataset's folder, or 'phantom' for the embedded one.")
     if source.is_file():
         found = [(name, source, read) for name, pattern, read in LAYOUTS if _matches(pattern, source)]
-        folder = source.parent
+        # ISIC's archives unpack into `…_GroundTruth/` beside `…_Input/`.
+        folder = source.parent.parent if source.parent.name.endswith("_GroundTruth") else source.parent
     else:
         found, folder = _search(source), source
     if not found:
@@ -109,13 +112,18 @@ def _search(folder):
     return []
 
 
+def is_image(path):
+    """Whether a path, relative to the folder that was named, is that of an image, by its suffix.
+
+    Hidden files and the doubles that macOS puts into archives are none, nor is what a killed program half wrote.
+    """
+    hidden = any(part.startswith((".", "__MACOSX")) for part in path.parts)
+    return path.suffix.lower() in IMAGE_SUFFIXES and not hidden
+
+
 def _images_below(folder):
-    return [
-        Path(parent, name)
-        for parent, _, names in os.walk(folder, followlinks=True)
-        for name in names
-        if name.lower().endswith(IMAGE_SUFFIXES)
-    ]
+    paths = (Path(parent, name) for parent, _, names in os.walk(folder, followlinks=True) for name in names)
+    return [path for path in paths if is_image(path.relative_to(folder))]
 
 
 def _find_images(ids, folder):
@@ -150,7 +158,9 @@ def _labels_of_one_hot(frame, file):
 
 
 def _stems(names):
-    return [re.sub(r"\.(jpe?g|png)$", "", str(name), flags=re.IGNORECASE) for name in names]
+    """The names without the suffix of an image; other dots are part of an id."""
+    names = map(str, names)
+    return [str(PurePath(name).with_suffix("")) if name.lower().endswith(IMAGE_SUFFIXES) else name for name in names]
 
 
 def _read_ham10000(file, folder, cache):
@@ -197,7 +207,7 @@ def _read_dermamnist(file, folder, cache):
         with np.load(file, allow_pickle=False) as arrays:
             images = np.concatenate([arrays[f"{part}_images"] for part in ("train", "val", "test")])
             labels = np.concatenate([arrays[f"{part}_labels"].ravel() for part in ("train", "val", "test")])
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, BadZipFile) as error:
         raise UserError(f"{file} is not a DermaMNIST file ({error}); download it again.") from None
     pictures = cache / f"dermamnist-{sha256(file)[:16]}"
     ids = [f"dermamnist_{number:05d}" for number in range(len(images))]

@@ -17,7 +17,7 @@ from tqdm.auto import tqdm
 from stgan_utils import data, device
 from stgan_utils.config import UserError
 from stgan_utils.files import atomic_path
-from stgan_utils.layouts import IMAGE_SUFFIXES
+from stgan_utils.layouts import IMAGE_SUFFIXES, is_image
 
 # Columns of the submission format, after `image`.
 ISIC_ORDER = ("MEL", "NV", "BCC", "AKIEC", "BKL", "DF", "VASC")
@@ -93,22 +93,23 @@ def _open_source(source):
     source = Path(source)
     if source.is_dir():
         found = [path for path in source.rglob("*") if path.is_file()]
-        yield _by_id(source, [path for path in found if _is_image(path.relative_to(source))]), str
+        yield _by_id(source, [path for path in found if is_image(path.relative_to(source))]), str
     elif zipfile.is_zipfile(source):
-        with zipfile.ZipFile(source) as archive:
+        with _open_archive(source) as archive:
             names = [info.filename for info in archive.infolist() if not info.is_dir()]
-            files = _by_id(source, [name for name in names if _is_image(PurePosixPath(name))])
+            files = _by_id(source, [name for name in names if is_image(PurePosixPath(name))])
             yield files, lambda name: io.BytesIO(archive.read(name))
-    elif source.is_file() and _is_image(Path(source.name)):
+    elif source.is_file() and is_image(Path(source.name)):
         yield {source.stem: source}, str
     else:
         raise UserError(f"{source} is no folder, zip archive or image: give one of {', '.join(IMAGE_SUFFIXES)}.")
 
 
-def _is_image(path):
-    """By its suffix; hidden files and the doubles that macOS puts into archives are none."""
-    hidden = any(part.startswith((".", "__MACOSX")) for part in path.parts)
-    return path.suffix.lower() in IMAGE_SUFFIXES and not hidden
+def _open_archive(source):
+    try:
+        return zipfile.ZipFile(source)
+    except zipfile.BadZipFile as error:
+        raise UserError(f"{source} is a damaged archive ({error}): make or download it again.") from None
 
 
 def _by_id(source, names):

@@ -174,10 +174,11 @@ def test_isic(tmp_path, groupings):
         lesions = pd.DataFrame({"image": ids, "lesion_id": [f"HAM_{i % 7}" for i in range(14)]})
         lesions["diagnosis_confirm_type"] = "histopathology"
         lesions.to_csv(tmp_path / "ISIC2018_Task3_Training_LesionGroupings.csv", index=False)
-    table = data.load_dataset(tmp_path)
-    assert list(table["label"]) == [CLASSES[i % 7] for i in range(14)]
-    assert table["lesion_id"].nunique() == (7 if groupings else 14)
-    assert ("dx_type" in table) == groupings
+    for source in (tmp_path, truth / "ISIC2018_Task3_Training_GroundTruth.csv"):
+        table = data.load_dataset(source)
+        assert list(table["label"]) == [CLASSES[i % 7] for i in range(14)]
+        assert table["lesion_id"].nunique() == (7 if groupings else 14)
+        assert ("dx_type" in table) == groupings
 
 
 def prior_set(folder, order, wrong_header=False):
@@ -206,6 +207,21 @@ def test_prior_set_with_a_wrong_header_is_refused(tmp_path):
         data.load_dataset(prior_set(tmp_path, order, wrong_header=True))
 
 
+def test_generated_copy_of_a_real_image_is_named_and_can_be_left_out(tmp_path):
+    """As one lesion it would be on two sides: generated images are trained on, real ones may be held out."""
+    folder = prior_set(tmp_path, CLASSES)
+    pictures = folder / "Synthetic_Dataset" / "Synthetic_Dataset"
+    for code in ("DF", "MEL"):
+        shutil.copy(pictures / f"{code}_0001_R.jpg", pictures / f"{code}_0001_F.jpg")
+    with pytest.raises(UserError, match=r"2 generated copy of a real image \(DF_0001_F, MEL_0001_F\)"):
+        data.load_dataset(folder)
+    assert "generated copy of a real image" in data.check(folder)
+    with pytest.warns(UserWarning, match="2 image"):
+        table = data.load_dataset(folder, "skip", tmp_path / "bad.csv")
+    assert sorted(table["synthetic"]) == [False] * 7 + [True] * 5
+    data.split_by_lesion(table)
+
+
 def test_dermamnist(tmp_path):
     rng = np.random.default_rng(0)
     arrays = {}
@@ -219,6 +235,10 @@ def test_dermamnist(tmp_path):
         cached = data.image_cache(table, 28)
         expected = np.concatenate([arrays[f"{part}_images"] for part in ("train", "val", "test")])
         np.testing.assert_array_equal(cached, expected)
+    file = tmp_path / "dermamnist.npz"
+    file.write_bytes(file.read_bytes()[:20_000])
+    with pytest.raises(UserError, match=r"not a DermaMNIST file .*; download it again"):
+        data.load_dataset(tmp_path)
 
 
 def test_folder_per_class(tmp_path):
@@ -317,6 +337,17 @@ def test_folders_that_are_no_dataset(tmp_path):
         data.load_dataset(tmp_path / "a")
 
 
+@pytest.mark.parametrize("suffix", [".bmp", ".TIF", ".tiff", ".webp", ".JPEG"])
+def test_other_formats_of_images_are_read_too(tmp_path, suffix):
+    for number, code in enumerate(CLASSES):
+        picture(tmp_path / code / f"name.with.dots{suffix}", number)
+    table = data.load_dataset(tmp_path)
+    assert list(table["image_id"]) == [f"{code}/name.with.dots" for code in CLASSES]
+    named = pd.DataFrame({"image_id": [f"A.1{suffix}"], "lesion_id": ["L"], "dx": ["mel"]})
+    named.to_csv(picture(tmp_path / "ham" / f"A.1{suffix}", 0).parent / "HAM10000_metadata.csv", index=False)
+    assert list(data.load_dataset(tmp_path / "ham")["image_id"]) == ["A.1"]
+
+
 # Image cache
 
 
@@ -354,6 +385,14 @@ def test_a_round_lesion_stays_round_and_in_the_middle_whatever_the_format(tmp_pa
     dark = image[..., 0] < 120
     ends = [np.flatnonzero(dark.any(axis))[[0, -1]] for axis in (0, 1)]
     assert np.abs(np.array(ends) - [[15, 74]] * 2).max() <= 1  # 30 px of 45, twice as large
+
+
+def test_grey_of_16_bits_keeps_its_shades(tmp_path):
+    shades = np.linspace(0, 65_535, 64).astype(np.uint16).reshape(8, 8)
+    for name in ("grey.png", "grey.tif"):
+        Image.fromarray(shades).save(tmp_path / name)
+    images = data.load_images([tmp_path / "grey.png", tmp_path / "grey.tif"], 8)
+    np.testing.assert_array_equal(images, np.stack([shades >> 8] * 3, axis=-1)[None].repeat(2, 0))
 
 
 def test_cache_folder_and_missing_image(tmp_path, cache):

@@ -126,7 +126,7 @@ def test_list_images(tmp_path):
         generation.list_images(tmp_path / "absent")
     with pytest.raises(UserError, match="no image"):
         generation.list_images(tmp_path)
-    for name in ("b/2.JPG", "b/1.png", "a/x.jpeg", "loose.png", "b/notes.txt"):
+    for name in ("b/2.JPG", "b/1.png", "a/x.jpeg", "loose.png", "b/notes.txt", "b/.3.db3629d6.png"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).touch()
     found = generation.list_images(tmp_path)

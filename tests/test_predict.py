@@ -109,7 +109,13 @@ def test_wrong_sources_say_what_to_do(model, folder, tmp_path):
     for name in ("a/same.jpg", "b/same.jpg"):
         (tmp_path / "twice" / name).parent.mkdir(parents=True)
         Image.new("RGB", (8, 8)).save(tmp_path / "twice" / name)
+    with zipfile.ZipFile(tmp_path / "images.zip", "w") as archive:
+        archive.write(tmp_path / "twice" / "a" / "same.jpg", "same.jpg")
+    whole = (tmp_path / "images.zip").read_bytes()
+    directory = whole.index(b"PK\x01\x02")
+    (tmp_path / "damaged.zip").write_bytes(whole[:directory] + b"PK\x00\x00" + whole[directory + 4 :])
     for source, message in (
+        (tmp_path / "damaged.zip", "is a damaged archive"),
         (tmp_path / "absent", "no folder, zip archive or image"),
         (folder / "ATTRIBUTION.txt", "no folder, zip archive or image"),
         (tmp_path / "empty", "no image in"),
@@ -118,3 +124,5 @@ def test_wrong_sources_say_what_to_do(model, folder, tmp_path):
         with pytest.raises(UserError, match=message):
             predict_folder(model, source, tmp_path / "out.csv")
     assert not (tmp_path / "out.csv").exists()
+    with pytest.raises(UserError, match="empty is a folder: name a file"):
+        predict_folder(model, tmp_path / "images.zip", tmp_path / "empty")
