@@ -202,7 +202,7 @@ def dedup(
     out: Annotated[Path, typer.Option(help="CSV, one row an image; nothing is deleted.")],
     phash: Annotated[int, typer.Option(help="An image nearer than this to one kept is a copy (bits of 64).")] = 10,
     whash: Annotated[int, typer.Option(help="The same for the wavelet hash, after pHash.")] = 10,
-    jobs: Annotated[int | None, typer.Option(help="Processes; all cores unless told.")] = None,
+    jobs: Annotated[int | None, typer.Option(help="Threads; one a core unless told.")] = None,
 ):
     """Find near-copies in a folder by pHash, then wHash."""
     from stgan_utils import files

@@ -117,17 +117,23 @@ def train(name, run_dir, seed):
         lesions), result.json (nothing of the test lesions in it).
 
     Raises:
-        UserError: no such arm, a step that has not run, or an arm that was trained with other settings.
+        UserError: no such arm, a step that has not run, or an arm that was trained with other settings or on what
+            another run of those steps made.
     """
     arm, run_dir = _arm(name), Path(run_dir)
     real = real_table(run_dir)
     before = train(arm.after, run_dir, seed) if arm.after else None
     settings = _settings(arm, seed, before, epoch_images=int((real["split"] == "train").sum()))
+    inputs = runs.fingerprints(run_dir, _steps(arm))
     folder = run_dir / _folder(name, seed)
     if (folder / "result.json").exists():
-        if read_json(folder / "result.json")["settings"] == asdict(settings):
+        done = read_json(folder / "result.json")
+        if done["settings"] == asdict(settings) and done.get("inputs") == inputs:
             return folder
-        raise UserError(f"{folder} was trained with other settings: delete it, or choose another run folder.")
+        raise UserError(
+            f"{folder} was trained with other settings, or before {' or '.join(inputs)} was made anew: delete it, or "
+            "choose another run folder."
+        )
     table = pd.concat([real, choose_generated(run_dir, real, arm, settings)], ignore_index=True)
     images = data.image_cache(table, settings.size)
     rows = {split: table.index[table["split"] == split] for split in ("train", "val", "test")}
@@ -147,7 +153,7 @@ def train(name, run_dir, seed):
     images_of = {kind: {code: int(counts.loc[code].get(made, 0)) for code in CLASSES} for kind, made in KINDS.items()}
     validation = {"epoch": int(best["epoch"]), "balanced_accuracy": float(best["val_balanced_accuracy"])}
     result = _result(name, settings, folder, images_of, began)
-    write_json(folder / "result.json", result | {"validation": validation})
+    write_json(folder / "result.json", result | {"inputs": inputs, "validation": validation})
     return folder
 
 
@@ -247,6 +253,16 @@ def _arm(name):
     return ARMS[name]
 
 
+def _steps(arm):
+    """The steps of the run whose outcome the arm is made of."""
+    uses = {
+        "00_start_here": True,
+        "01_baseline": arm.synthetic == "filtered" or arm.taught == "generated",
+        "04_deduplicate": bool(arm.synthetic),
+    }
+    return [step for step, used in uses.items() if used]
+
+
 def _taught(arm, run_dir, table):
     """What `finetune.train` takes under this name."""
     if arm.taught == "half":
@@ -288,7 +304,7 @@ def _result(name, settings, folder, images, began):
         "backbone": Classifier.load(folder / finetune.MODEL_FILE).settings["backbone"],
         "model_sha256": sha256(folder / finetune.MODEL_FILE),
         "seconds": time.monotonic() - began,
-        "device": device.describe(finetune.WIDTH),
+        "device": device.describe(settings.width),
         "commit": runs.git_commit(),
     }
 

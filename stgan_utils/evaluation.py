@@ -286,8 +286,3 @@ def permutation_scores(matrix, classes=CLASSES):
     scores = pd.DataFrame({"accuracy": hits.sum(1) / matrix.sum(), "balanced_accuracy": recall.mean(1)})
     scores.insert(0, "order", [tuple(classes[i] for i in order) for order in orders])
     return scores.sort_values(["accuracy", "balanced_accuracy"], ascending=False, ignore_index=True)
-
-
-def best_permutation(matrix, classes=CLASSES):
-    """The first row of `permutation_scores` as a dict."""
-    return permutation_scores(matrix, classes).iloc[0].to_dict()

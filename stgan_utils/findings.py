@@ -25,7 +25,8 @@ def compare(run_dir, bootstrap=1000):
         that of the arm to beat).
 
     Raises:
-        UserError: no trained arm, arms with different numbers of seeds, or none without generated images.
+        UserError: no trained arm, arms with different numbers of seeds or of different test images, or none without
+            generated images.
     """
     folders = {name: sorted(Path(run_dir).glob(f"arms/{name}/seed*/result.json")) for name in COMPARED}
     folders = {name: found for name, found in folders.items() if found}
@@ -41,6 +42,8 @@ def compare(run_dir, bootstrap=1000):
     }
     to_beat = max(set(folders) & set(REAL_ONLY), key=val.get)
     truth = answers[to_beat][0]
+    if not all(each["image_id"].equals(truth["image_id"]) for found in answers.values() for each in found):
+        raise UserError(f"The arms in {run_dir} were judged on different test images: train them again.")
     rows = []
     for name in folders:
         figures = evaluation.over_seeds(
@@ -163,7 +166,7 @@ def _filled(images):
     """How many generated images an arm had, and which share of the gap to balance that is: what was asked for, or less
     where the filters left less."""
     generated, real = sum(images["generated"].values()), images["real"].values()
-    return {"generated": generated, "filled": generated / (len(real) * max(real) - sum(real))}
+    return {"generated": generated, "filled": generated / max(1, len(real) * max(real) - sum(real))}
 
 
 def _data_name(run_dir):

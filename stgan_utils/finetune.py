@@ -26,7 +26,6 @@ from stgan_utils.views import augment, mix, trivial_augment
 
 MODEL_FILE, CHECKPOINT_FILE, HISTORY_FILE = "model.safetensors", "checkpoint.safetensors", "history.csv"
 STRONG = 1.5  # reach of "strong" augmentation
-WIDTH = 32  # channels of MobileNetV2's first layer: what `device.precision` goes by on a CPU
 
 
 def log_prior(targets):
@@ -139,6 +138,7 @@ def train(settings, images, labels, train_rows, val_rows, out_dir, prior_rows=No
 
     sets = {"train": train_rows, "val": val_rows, "prior": prior_rows}
     run = model.settings | {name: _digest(labels, rows) for name, rows in sets.items()}
+    run["images"] = zlib.crc32(np.ascontiguousarray(images))
     if taught is not None:
         answers, share = (torch.from_numpy(np.asarray(part, np.float32)) for part in taught)
         run["taught"] = zlib.crc32(answers.numpy().tobytes() + share.numpy().tobytes())
@@ -156,7 +156,7 @@ def train(settings, images, labels, train_rows, val_rows, out_dir, prior_rows=No
                 group["lr"] = group["peak"] * min(1, done / 0.1) * (0.5 + 0.5 * math.cos(math.pi * done))
             batch = view(rows)  # in full precision: half a float cannot tell neighbouring pixels apart
             batch, wanted = mix(batch, targets[rows].to(place), settings.mix)
-            with device.autocast(place, WIDTH):
+            with device.autocast(place, settings.width):
                 logits = model(batch)
             loss = adjusted_loss(logits, wanted, adjustment, settings.label_smoothing)
             if taught is not None:
@@ -216,6 +216,7 @@ def _start(settings, prior, place):
     """(the model to begin with, whether it has learnt something before)."""
     if settings.continue_from:
         model = Classifier.load(settings.continue_from)
+        _order_outputs(model)
         model.preprocessing = {**model.preprocessing, "size": settings.size}
         name, learnt = model.settings["backbone"], True
     else:
@@ -227,6 +228,13 @@ def _start(settings, prior, place):
     model.answering = {"views": settings.views, "temperature": settings.temperature, "weights": weights}
     model.features[: settings.frozen_blocks].requires_grad_(False)
     return model.to(place, memory_format=torch.channels_last), learnt
+
+
+def _order_outputs(model):
+    """Puts the outputs into the order of the targets, that of `CLASSES`: a file may have another."""
+    order, last = [model.classes.index(code) for code in CLASSES], model.head[-1]
+    last.load_state_dict({name: values[order] for name, values in last.state_dict().items()})
+    model.classes = CLASSES
 
 
 def _train_mode(model, settings):
@@ -289,7 +297,8 @@ def _stop_at_nan(number, epoch, step, out_dir):
     if not torch.isfinite(number):
         kept = f"the state after epoch {epoch} is in {out_dir / CHECKPOINT_FILE}" if epoch else "nothing was saved"
         raise UserError(
-            f"The loss is NaN in epoch {epoch + 1}, batch {step + 1} or just before: lower learning_rate; {kept}."
+            f"The loss is NaN in epoch {epoch + 1}, batch {step + 1} or just before: train anew in another folder "
+            f"with a lower learning_rate; {kept}."
         )
 
 

@@ -304,12 +304,7 @@ def subgroups(groups, title="Subgroups, real test split, 95 % intervals", few=30
     y = np.arange(len(groups)) + (groups["column"] != groups["column"].shift()).cumsum()
     for name, colour, shift in (("accuracy", COLOURS[0], -0.12), ("balanced_accuracy", COLOURS[1], 0.12)):
         for chosen, alpha in ((groups["images"] >= few, 1), (groups["images"] < few, 0.3)):
-            values, errors = _bars(
-                [
-                    {"value": row[name], "low": row[f"{name}_low"], "high": row[f"{name}_high"]}
-                    for row in groups[chosen].to_dict("records")
-                ]
-            )
+            values, errors = _bars(_intervals(groups[chosen], name))
             label = name.replace("_", " ") if alpha == 1 else None
             ax.errorbar(values, y[chosen] + shift, xerr=errors, fmt="o", ms=3.5, color=colour, alpha=alpha, label=label)
     labels = [

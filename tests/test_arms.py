@@ -108,6 +108,14 @@ def test_arms_take_equal_steps_and_leave_the_test_split_to_the_table(run_dir):
     assert arms.train("gan-raw", run_dir, 1) == folder
     assert (folder / "model.safetensors").stat().st_mtime_ns == written
 
+    # What a step made anew says, an arm made of it must not stand beside.
+    again = run_dir / "04_deduplicate" / "result.json"
+    files.write_json(again, {"fingerprint": "another"})
+    with pytest.raises(UserError, match="before 00_start_here or 04_deduplicate was made anew"):
+        arms.train("gan-raw", run_dir, 1)
+    assert arms.train("real", run_dir, 1)  # was not made of it
+    again.unlink()
+
     # The adjustment is that of the real images, unless the arm is about just that.
     real = table[table["split"] == "train"]["label"].value_counts()
     with pytest.MonkeyPatch.context() as patch:
@@ -142,6 +150,13 @@ def test_arms_take_equal_steps_and_leave_the_test_split_to_the_table(run_dir):
     with pytest.raises(UserError, match="different numbers of seeds"):
         findings.compare(run_dir)
     shutil.rmtree(run_dir / "arms" / "cutmix")
+
+    moved = run_dir / "arms" / "gan-raw" / "seed0" / "predictions.csv"
+    kept = moved.read_text()
+    moved.write_text(kept.replace(answers["image_id"].iloc[0], "another"))
+    with pytest.raises(UserError, match="judged on different test images"):
+        findings.compare(run_dir)
+    moved.write_text(kept)
 
 
 def test_refit_takes_every_real_image_and_the_temperature_of_the_split_run(run_dir):

@@ -299,6 +299,25 @@ def test_killed_and_resumed_ends_bit_identical(tmp_path):
         finetune.train(replace(SETTINGS, learning_rate=0.1), *sets, tmp_path / "killed")
     with pytest.raises(UserError, match="train, prior differ"):
         finetune.train(SETTINGS, images, labels, np.arange(48), sets[3], tmp_path / "killed")
+    with pytest.raises(UserError, match="images differ"):
+        finetune.train(SETTINGS, 255 - images, *sets[1:], tmp_path / "killed")
+
+
+def test_goes_on_with_a_file_of_another_class_order(tmp_path):
+    """The labels must meet the outputs by name: the same network goes the same way, however its file orders them."""
+    images, labels = toy(64)
+    clf.Classifier({"size": 32, **IMAGENET_SCALING}, settings={"backbone": "none"}).save(tmp_path / "ours")
+    tensors, header = checkpoints.load(tmp_path / "ours")
+    order = [CLASSES.index(code) for code in PRIOR_TRAINING_ORDER]
+    tensors |= {name: tensors[name][order] for name in ("head.1.weight", "head.1.bias")}
+    checkpoints.save(tmp_path / "permuted", tensors, header | {"class_order": list(PRIOR_TRAINING_ORDER)})
+    models = []
+    for name in ("ours", "permuted"):
+        settings = replace(SETTINGS, epochs=1, continue_from=str(tmp_path / name))
+        finetune.train(settings, images, labels, np.arange(49), np.arange(49, 64), tmp_path / f"from {name}")
+        models.append(clf.Classifier.load(tmp_path / f"from {name}" / finetune.MODEL_FILE))
+    assert models[0].classes == models[1].classes == CLASSES
+    assert all(torch.equal(a, b) for a, b in zip(*(model.state_dict().values() for model in models), strict=True))
 
 
 def test_a_teacher_is_followed_where_it_contradicts_the_labels(tmp_path):
