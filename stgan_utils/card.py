@@ -83,7 +83,13 @@ def _files(assets):
 
 def _data(assets):
     rows = [
-        [f"`{asset['name']}`", known["data"], known["split"], known["iterations"] or "–", f"`{known['command']}`"]
+        [
+            f"`{asset['name']}`",
+            known["data"],
+            known["split"],
+            "–" if known["iterations"] is None else known["iterations"],
+            f"`{known['command']}`",
+        ]
         for asset in assets
         for known in [asset["trained_on"]]
     ]

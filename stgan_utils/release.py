@@ -187,8 +187,9 @@ def _classifier_entry(folder, file):
 
 
 def _generator_entry(file, header, code, results, step, figures):
+    of_class = f", {code} only" if header["iteration"] else " (Stage 1's own generator: none of Stage 2 came nearer)"
     trained_on = {
-        "data": results[runs.START]["data_name"] + (f", {code} only" if code else ""),
+        "data": results[runs.START]["data_name"] + (of_class if code else ""),
         "split": f"train, by lesion, seed {results[runs.START]['settings']['seed']}",
         "iterations": header["iteration"],
         "command": _command(results, step),
