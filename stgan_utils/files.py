@@ -4,6 +4,7 @@ import errno
 import hashlib
 import json
 import os
+import re
 import secrets
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,19 +14,25 @@ from stgan_utils.config import UserError
 
 @contextmanager
 def atomic_path(path):
-    """A temporary path beside `path`; renamed over it when the block ends well, removed when it does not.
+    """A temporary file beside `path`; renamed over it when the block ends well, removed when it does not.
+
+    A link stays, what it leads to is replaced.
 
     Raises:
-        UserError: `path` is a folder, or the disk is full; what stood at `path` before is untouched.
+        UserError: `path` is a folder or a device, or the disk is full; what stood at `path` before is untouched.
+        OSError: its folder cannot be written to; raised before the block is entered.
     """
-    path = Path(path)
-    if path.is_dir():
-        raise UserError(f"{path} is a folder: name a file.")
+    if Path(path).exists() and not Path(path).is_file():
+        raise UserError(f"{path} is a folder or a device: name a file.")
+    path = Path(os.path.realpath(path))
     path.parent.mkdir(parents=True, exist_ok=True)
     # The suffix stays last: writers such as Pillow and NumPy choose the format by it.
     temporary = path.with_name(f".{path.stem}.{secrets.token_hex(4)}{path.suffix}")
     try:
+        temporary.touch()
+        mode = temporary.stat().st_mode
         yield temporary
+        temporary.chmod(mode)  # safetensors writes a file of its own, which nobody else may read
         with open(temporary, "rb") as file:
             os.fsync(file.fileno())
         os.replace(temporary, path)
@@ -36,6 +43,17 @@ def atomic_path(path):
         raise
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def sweep(folder):
+    """Removes what `atomic_path` left half written below a folder when the program was killed.
+
+    Only for a folder that no other program is writing to.
+    """
+    ours, of_safetensors = r"\..+\.[0-9a-f]{8}(\.\w+)?", r"\.tmp\w{6}"
+    for path in Path(folder).rglob(".*"):
+        if re.fullmatch(f"{ours}|{of_safetensors}", path.name) and path.is_file():
+            path.unlink()
 
 
 def write_json(path, value):

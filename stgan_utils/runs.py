@@ -147,6 +147,7 @@ def open_step(step, settings, data, run_dir, profile, needs=()):
             raise UserError(f"{run_dir / name} was made from {earlier['data']}, {way_on}.")
     inputs = fingerprints(run_dir, needs)
     check_folder(run_dir, step, settings, data, inputs)
+    files.sweep(run_dir / step)
     begun = {"step": step, "settings": asdict(settings), "data": data, "profile": profile, "inputs": inputs}
     files.write_json(run_dir / step / "settings.json", begun)
     from stgan_utils import outlook  # IPython

@@ -63,9 +63,6 @@ class GanTrainer(Iteration):
         super().__init__(settings, images, start)
         self.folder, self.evaluate, self.on_sample = folder, evaluate, on_sample
         self.best, self.history, self.quality = None, [], []
-        if parallel.is_main():
-            for left in folder.glob(f".{self.checkpoint.stem}.*"):  # of a kill while it was written
-                left.unlink()
         if self.checkpoint.exists():
             self._resume()
 

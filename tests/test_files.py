@@ -2,9 +2,12 @@
 
 import errno
 import hashlib
+import os
 
 import pytest
+import torch
 from safetensors import SafetensorError
+from safetensors.torch import save_file
 
 from stgan_utils import files
 from stgan_utils.config import UserError
@@ -18,6 +21,38 @@ def test_success_replaces_and_leaves_nothing_else(tmp_path):
             temporary.write_text(text)
         assert path.read_text() == text
     assert list(path.parent.iterdir()) == [path]
+
+
+def test_others_may_read_what_others_may_read_of_any_new_file(tmp_path):
+    (tmp_path / "plain").touch()
+    with files.atomic_path(tmp_path / "weights.safetensors") as temporary:
+        save_file({"a": torch.zeros(1)}, temporary)
+    assert (tmp_path / "weights.safetensors").stat().st_mode == (tmp_path / "plain").stat().st_mode
+
+
+def test_a_link_stays_and_a_device_too(tmp_path):
+    (tmp_path / "real.txt").write_text("old")
+    (tmp_path / "link.txt").symlink_to("real.txt")
+    with files.atomic_path(tmp_path / "link.txt") as temporary:
+        temporary.write_text("new")
+    assert (tmp_path / "link.txt").is_symlink() and (tmp_path / "real.txt").read_text() == "new"
+    os.mkfifo(tmp_path / "pipe")
+    for place in (tmp_path, tmp_path / "pipe", "/dev/null"):
+        with pytest.raises(UserError, match="is a folder or a device: name a file"), files.atomic_path(place):
+            pass
+    assert (tmp_path / "pipe").is_fifo()
+
+
+def test_sweeping_takes_what_a_kill_left_and_nothing_else(tmp_path):
+    context = files.atomic_path(tmp_path / "images" / "DF_0001.png")
+    left = context.__enter__()
+    kept = [tmp_path / name for name in (".lock", ".hidden.png", "a.0123abcd.png", "images/DF_0002.png")]
+    for path in kept:
+        path.write_text("kept")
+    (tmp_path / ".tmp3ZqGe9").write_text("safetensors'")
+    assert left.exists()
+    files.sweep(tmp_path)
+    assert not left.exists() and not (tmp_path / ".tmp3ZqGe9").exists() and all(path.exists() for path in kept)
 
 
 @pytest.mark.parametrize("error", [ValueError("no"), KeyboardInterrupt(), OSError(errno.EACCES, "denied")])
