@@ -4,6 +4,7 @@ Exit status: 0 done, 1 a notebook failed, 2 wrong input (one sentence says what)
 be read, 4 time was up and the same command goes on. Anything else that goes wrong is a bug and keeps its traceback.
 """
 
+import os
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -12,6 +13,9 @@ import typer
 
 from stgan_utils import engine, pipeline, places, runs
 from stgan_utils.config import PROFILES, UserError
+
+PATHS = ("MOBILENET_V2_WEIGHTS", "INCEPTION_WEIGHTS", "STGAN_WEIGHTS", "STGAN_CACHE")  # variables that name one
+TWO_WORDS = "takes two words: the setting and its value, such as -p iterations 100"
 
 app = typer.Typer(
     help="GAN-made images for the rare classes of HAM10000, judged on real lesions. Not a medical device.",
@@ -122,7 +126,7 @@ def generate(
 def train_arms(
     names: Annotated[list[str], typer.Argument(help="Arms, as `stgan_utils/arms.py` lists them.")],
     run_dir: RunDir,
-    seeds: Annotated[int, typer.Option(help="How many, from 0 on.")] = 3,
+    seeds: Annotated[int, typer.Option(min=1, help="How many, from 0 on.")] = 3,
     jobs: Jobs = 1,
     on: Engine = "local",
     address: Address = None,
@@ -202,7 +206,7 @@ def dedup(
     out: Annotated[Path, typer.Option(help="CSV, one row an image; nothing is deleted.")],
     phash: Annotated[int, typer.Option(help="An image nearer than this to one kept is a copy (bits of 64).")] = 10,
     whash: Annotated[int, typer.Option(help="The same for the wavelet hash, after pHash.")] = 10,
-    jobs: Annotated[int | None, typer.Option(help="Threads; one a core unless told.")] = None,
+    jobs: Annotated[int | None, typer.Option(min=1, help="Threads; one a core unless told.")] = None,
 ):
     """Find near-copies in a folder by pHash, then wHash."""
     from stgan_utils import files
@@ -300,6 +304,8 @@ def release_weights(
 
 
 def _pairs(param):
+    if wrong := [pair for pair in param or () if "=" not in pair]:
+        raise UserError(f"-p {TWO_WORDS}, not {wrong[0]!r}.")
     return dict(pair.split("=", 1) for pair in param or ())
 
 
@@ -310,15 +316,21 @@ def _join_pairs(arguments):
         joined.append(argument)
         if argument == "-p":
             key, value = next(rest, None), next(rest, None)
-            if value is None:
-                raise UserError("-p takes two words: the setting and its value, such as -p iterations 100.")
+            if value is None or "=" in key or value.startswith("--"):
+                raise UserError(f"-p {TWO_WORDS}.")
             joined.append(f"{key}={value}")
     return joined
 
 
 def main():
+    for name in PATHS:
+        if os.environ.get(name):  # notebooks run in their own folder
+            os.environ[name] = os.path.abspath(os.path.expanduser(os.environ[name]))
     try:
         app(_join_pairs(sys.argv[1:]), prog_name="python -m stgan_utils")
+    except (PermissionError, FileExistsError, NotADirectoryError) as error:
+        print(f"{error.filename2 or error.filename}: {error.strerror}; choose another place.", file=sys.stderr)
+        sys.exit(2)
     except (UserError, pipeline.StepFailed, runs.Unfinished) as error:
         print(error, file=sys.stderr)
         sys.exit({UserError: 2, pipeline.StepFailed: 1, runs.Unfinished: 4}[type(error)])

@@ -1,10 +1,11 @@
-"""Settings of every step, and the four profiles that fill them in.
+"""Settings of every step, and the profiles that fill them in.
 
 A notebook's parameters cell lists the fields of its settings class, each `None`: "what the profile says". `resolve`
 puts the profile and the parameters together and checks every value, so that a wrong one is refused before any work.
 """
 
 from dataclasses import dataclass, fields
+from math import isfinite
 
 from stgan_utils.lesions import CLASSES
 
@@ -50,6 +51,7 @@ class DataSettings:
     def __post_init__(self):
         _require_seed(self.seed)
         _require(self.phantom_images >= 140, f"phantom_images is {self.phantom_images}, it must be at least 140.")
+        _require(self.phantom_size >= 32, f"phantom_size is {self.phantom_size}, it must be at least 32.")
         _require(self.on_bad in ("error", "skip"), f"on_bad is {self.on_bad!r}, it must be 'error' or 'skip'.")
 
 
@@ -93,6 +95,7 @@ class Stage1Settings:
         counts = ("iterations", "checkpoint_every", "sample_every", "evaluate_every", "quality_images", "nz")
         for name in (*counts, "reconstruct_every"):
             _require(getattr(self, name) > 0, f"{name} is {getattr(self, name)}, it must be above 0.")
+        _require((self.max_minutes or 0) >= 0, f"max_minutes is {self.max_minutes}, it must not be negative.")
 
     @property
     def width(self):
@@ -123,8 +126,8 @@ class Stage2Settings(Stage1Settings):
         _require(self.freeze_blocks >= 0, f"freeze_blocks is {self.freeze_blocks}, it must not be negative.")
         _require(self.noise_sigma >= 0, f"noise_sigma is {self.noise_sigma}, it must not be negative.")
         _require(self.bt_weight >= 0, f"bt_weight is {self.bt_weight}, it must not be negative.")
-        iterations = self.ablation_iterations
-        _require(iterations >= 0, f"ablation_iterations is {iterations}, it must not be negative.")
+        for name in ("bt_ramp", "noise_decay", "generate", "ablation_iterations"):
+            _require(getattr(self, name) >= 0, f"{name} is {getattr(self, name)}, it must not be negative.")
         _require(
             not self.start_from or self.weights == "train",
             f"start_from is for training, but weights is {self.weights!r}: leave one of them out.",
@@ -184,7 +187,9 @@ class ClassifierSettings:
         _require(self.size >= 32, f"size is {self.size}, it must be at least 32.")
         for name in ("epochs", "batch_size", "bootstrap"):
             _require(getattr(self, name) > 0, f"{name} is {getattr(self, name)}, it must be above 0.")
-        for name in ("frozen_blocks", "epoch_images"):
+        _require(0 < self.learning_rate < 1, f"learning_rate is {self.learning_rate}, it must be in (0, 1).")
+        _require(0 <= self.label_smoothing < 1, f"label_smoothing is {self.label_smoothing}, it must be in [0, 1).")
+        for name in ("frozen_blocks", "epoch_images", "weight_decay", "logit_adjustment"):
             _require(getattr(self, name) >= 0, f"{name} is {getattr(self, name)}, it must not be negative.")
         _require(self.temperature > 0, f"temperature is {self.temperature}, it must be above 0.")
         _require(self.views in (1, 2), f"views is {self.views}, it must be 1 or 2.")
@@ -246,7 +251,7 @@ SETTINGS = {
     "report": ReportSettings,
 }
 
-# Only what differs from the defaults above. A value in `None` ("every step") applies to each step that knows it.
+# Only what differs from the defaults above.
 PROFILES = {
     # CI: the whole sequence in about two minutes on two cores; nothing is learnt.
     "smoke": {
@@ -394,7 +399,7 @@ def _cast(name, value, field):
     kind = float if field.default is None else type(field.default)
     try:
         cast = kind(value)
-        if kind is int and float(value) != cast:
+        if kind in (int, float) and (float(value) != cast or not isfinite(cast)):
             raise ValueError
     except (TypeError, ValueError, OverflowError):  # the last: infinity as a whole number
         raise UserError(f"{name} is {value!r}, it must be {'a whole number' if kind is int else 'a number'}.") from None

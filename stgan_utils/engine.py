@@ -10,6 +10,7 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from multiprocessing import active_children, connection, get_context, parent_process
 from pathlib import Path
@@ -121,7 +122,10 @@ class Processes:
         return wait(futures, return_when=FIRST_COMPLETED).done
 
     def result(self, future):
-        return future.result()
+        try:
+            return future.result()
+        except BrokenProcessPool:
+            raise StepFailed("A process died, most often for want of memory; the same command goes on.") from None
 
     def say(self, task, what):
         say(task.name, what)

@@ -22,7 +22,6 @@ from stgan_utils.kaggle_session import UNFINISHED
 
 MOUNTS, RUN_DIR = "/kaggle/input", "/kaggle/working/run"
 MAX_MINUTES = 500  # sessions end at 9 to 12 hours, and what they had written is then lost
-GPU_KINDS = ("baseline", "stage1", "stage2", "classifier")
 ACCELERATOR = "NvidiaTeslaT4"  # Kaggle's name for T4 × 2; without one it may choose a GPU that torch has dropped
 TITLE_LENGTH = 50  # Kaggle answers a longer one with "internal server error"
 BEGIN = """from stgan_utils import kaggle_session
@@ -52,7 +51,9 @@ def push(
     run_dir, steps = Path(run_dir).expanduser().resolve(), _choose(wanted)
     if not internet and not package:
         raise UserError("Without internet the kernel cannot install the package: name a data set that holds it.")
-    given = pipeline.given_per_kind(params or {})
+    for step in steps:
+        _check_title(run_dir, step.name)  # of all before the first is sent
+    given = pipeline.given_per_kind(params or {}, elsewhere="/kaggle")
     settings = {step.name: step.settings(profile, given[step.kind]) for step in steps}
     api = None
     try:
@@ -106,8 +107,8 @@ def status(run_dir):
 def pull(wanted, run_dir, data):
     """Brings what kernels made into the run folder, so that `pipeline.run` with `data` goes on from there.
 
-    A step that is done here is left alone; an unfinished one is brought with its checkpoint, in place of an earlier one
-    of the same settings. Prints a line for each.
+    A step that is done here, or that has come further here, is left alone; an unfinished one is brought with its
+    checkpoint, in place of an earlier one of the same settings. Prints a line for each.
 
     Args:
         wanted: how a step's name begins, or "all": whatever there is.
@@ -115,22 +116,23 @@ def pull(wanted, run_dir, data):
         data: where the same data set lies here, laid out as on Kaggle.
 
     Raises:
-        UserError: no such data, no token, no network, a damaged archive, work of another run in the folder; or a step
-            that was named has left nothing.
+        UserError: no such data, no token, no network, a damaged archive, work of another run in the folder, a run that
+            works there now; or a step that was named has left nothing.
     """
     run_dir, data = Path(run_dir).expanduser().resolve(), runs.identify(data)
     states = status(run_dir)
-    for step in _choose(wanted):
-        state = states.get(step.name, "not pushed")
-        if runs.result(run_dir, step.name):
-            print(f"{step.name}: done here, left alone")
-        elif state in ("done", "unfinished"):
-            _bring(download.kaggle_api(), run_dir, step.name, state, data)
-            print(f"{step.name}: {state}, brought")
-        elif wanted == "all":
-            print(f"{step.name}: {state}")
-        else:
-            raise UserError(f"{step.name} has left nothing on Kaggle: {state}.")
+    with pipeline.alone_in(run_dir):
+        for step in _choose(wanted):
+            state = states.get(step.name, "not pushed")
+            if runs.result(run_dir, step.name):
+                print(f"{step.name}: done here, left alone")
+            elif state in ("done", "unfinished"):
+                brought = _bring(download.kaggle_api(), run_dir, step.name, state, data)
+                print(f"{step.name}: {state}, {'brought' if brought else 'further here, left alone'}")
+            elif wanted == "all":
+                print(f"{step.name}: {state}")
+            else:
+                raise UserError(f"{step.name} has left nothing on Kaggle: {state}.")
 
 
 # --- to Kaggle ---------------------------------------------------------------------------------------------------
@@ -168,24 +170,32 @@ def _notebook(step, parameters):
 
 def _metadata(step, owner, run_dir, datasets, sources, internet):
     kernel = _kernel(owner, run_dir, step.name)
-    title = kernel.split("/")[1].replace("-", " ")  # Kaggle makes the kernel's address of its title
-    if len(title) > TITLE_LENGTH:
-        raise UserError(f"Kaggle allows {TITLE_LENGTH} letters and {title!r} has {len(title)}: rename the run folder.")
     return {
         "id": kernel,
-        "title": title,
+        "title": _title(kernel),
         "code_file": step.notebook.name,
         "language": "python",
         "kernel_type": "notebook",
         "is_private": True,
-        "enable_gpu": step.kind in GPU_KINDS,
-        **({"machine_shape": ACCELERATOR} if step.kind in GPU_KINDS else {}),
+        "enable_gpu": step.kind in pipeline.TRAIN,
+        **({"machine_shape": ACCELERATOR} if step.kind in pipeline.TRAIN else {}),
         "enable_internet": internet,
         "dataset_sources": datasets,
         "competition_sources": [],
         "kernel_sources": [_kernel(owner, run_dir, name) for name in sources],
         "model_sources": [],
     }
+
+
+def _title(kernel):
+    """Kaggle makes the kernel's address of its title."""
+    return kernel.split("/")[1].replace("-", " ")
+
+
+def _check_title(run_dir, step):
+    title = _title(_kernel("", run_dir, step))
+    if len(title) > TITLE_LENGTH:
+        raise UserError(f"Kaggle allows {TITLE_LENGTH} letters and {title!r} has {len(title)}: rename the run folder.")
 
 
 def _kernel(owner, run_dir, step):
@@ -260,7 +270,11 @@ def _state(api, run_dir, step):
 
 
 def _bring(api, run_dir, step, state, data):
-    """Downloads a step's archive; its folder appears whole, with the paths of this machine, or not at all."""
+    """Downloads a step's archive; its folder appears whole, with the paths of this machine, or not at all.
+
+    Returns:
+        False where this machine's unfinished work has come as far: then it stays.
+    """
     kernel = _kernel(None, run_dir, step)
     with TemporaryDirectory(dir=run_dir, prefix=".kaggle") as temporary:
         archive = Path(temporary) / f"{step}{'' if state == 'done' else UNFINISHED}.zip"
@@ -273,9 +287,23 @@ def _bring(api, run_dir, step, state, data):
         with ZipFile(archive) as opened:
             there = opened.comment.decode()
         _settle(made, run_dir, step, there, data)
+        if state == "unfinished" and _progress(run_dir / step) >= _progress(made):
+            return False
         if (run_dir / step).exists():  # an earlier checkpoint
             os.replace(run_dir / step, Path(temporary) / "before")
         os.replace(made, run_dir / step)
+    return True
+
+
+def _progress(folder):
+    """How far an unfinished step has come: iterations of a GAN, epochs of a classifier; -1 without a checkpoint."""
+    from stgan_utils import checkpoints  # torch
+
+    checkpoint = folder / "checkpoint.safetensors"
+    if not checkpoint.exists():
+        return -1
+    header = checkpoints.read_header(checkpoint)
+    return header.get("iteration", len(header["history"]))
 
 
 def _settle(made, run_dir, step, run_dir_there, data):

@@ -80,7 +80,7 @@ def run(data, profile, out, only=None, start=None, jobs=1, force=False, params=N
         StepFailed, runs.Unfinished: a notebook failed, or ran out of time. Steps then running are finished, no other is
             started, and the same call goes on from there.
     """
-    data, out = runs.identify(data), Path(out).expanduser().resolve()
+    asked, data, out = data, runs.identify(data), Path(out).expanduser().resolve()
     given = given_per_kind(params or {})
     settings = {step.name: step.settings(profile, given[step.kind]) for step in STEPS}
     chosen = _choose(only, start)
@@ -110,7 +110,10 @@ def run(data, profile, out, only=None, start=None, jobs=1, force=False, params=N
 
     tasks = [task(step) for step in chosen]
     place = engine.choose(on, tasks, out, jobs, address)
-    with _alone_in(out):
+    if (asked, data) == (runs.AUTO, runs.PHANTOM):
+        print("There is no HAM10000 here: the images are phantom, drawn and no evidence.", flush=True)
+    with alone_in(out):
+        files.sweep(out / "notebooks")
         if force:
             for step in chosen:
                 shutil.rmtree(out / step.name, ignore_errors=True)
@@ -198,8 +201,12 @@ def _stderr_kept():
 
 
 @contextlib.contextmanager
-def _alone_in(out):
-    """Two runs in one folder would write the same files: the second is refused."""
+def alone_in(out):
+    """Two programs in one run folder would write the same files: the second is refused.
+
+    Raises:
+        UserError: another works there.
+    """
     import filelock
 
     out.mkdir(parents=True, exist_ok=True)
@@ -210,8 +217,13 @@ def _alone_in(out):
         raise UserError(f"Another run works in {out}: wait until it ends, or choose another folder (--out).") from None
 
 
-def given_per_kind(params):
-    """{kind of step: {setting: value}}; a name that no step knows is refused."""
+def given_per_kind(params, elsewhere=None):
+    """{kind of step: {setting: value}}; a name that no step knows is refused, and a file that is not there.
+
+    Args:
+        params: as in `run`.
+        elsewhere: the folder of another machine, where the steps will run, that files named in `params` lie below.
+    """
     known = {kind: {field.name for field in fields(settings)} - {"lesion"} for kind, settings in SETTINGS.items()}
     given = {kind: {} for kind in known}
     for key, value in params.items():
@@ -221,14 +233,23 @@ def given_per_kind(params):
             names = sorted(set().union(*known.values()))
             raise UserError(f"No step has a setting {key!r}; there are {', '.join(names)}.")
         if name in ("start_from", "continue_from", "images") and value:
-            value = str(Path(value).expanduser().resolve())  # notebooks run in their own folder
-            if not Path(value).exists():
-                raise UserError(f"{name} is {value!r}, there is no such {'folder' if name == 'images' else 'file'}.")
+            value = _placed(name, value, elsewhere)
         for taker in takers:
             # A setting of one kind goes before the same setting of every kind, in whatever order they stand.
             if kind or f"{taker}.{name}" not in params:
                 given[taker][name] = value
     return given
+
+
+def _placed(name, path, elsewhere):
+    if elsewhere:
+        if not str(path).startswith(f"{elsewhere}/"):
+            raise UserError(f"{name} is {path!r}: the steps run elsewhere, where it lies below {elsewhere}/.")
+        return path
+    path = Path(path).expanduser().resolve()  # notebooks run in their own folder
+    if not path.exists():
+        raise UserError(f"{name} is '{path}', there is no such {'folder' if name == 'images' else 'file'}.")
+    return str(path)
 
 
 def _choose(only, start):
@@ -237,7 +258,10 @@ def _choose(only, start):
         if wanted is not None and not any(name.startswith(wanted) for name in names):
             raise UserError(f"No step {wanted!r}; there are {', '.join(names)}.")
     first = 0 if start is None else next(i for i, name in enumerate(names) if name.startswith(start))
-    return [step for step in STEPS[first:] if only is None or step.name.startswith(only)]
+    chosen = [step for step in STEPS[first:] if only is None or step.name.startswith(only)]
+    if not chosen:
+        raise UserError(f"Step {only!r} comes before {start!r}: nothing is left to run; say one of the two.")
+    return chosen
 
 
 def _written(out, name):

@@ -220,11 +220,12 @@ def _entry(file, header, trained_on, figures):
 
 def _command(results, step):
     """What makes a step again: the profile, and each setting in which the run differed from it."""
-    result = results[step]
-    kind = "stage1" if step == STAGE1 else "stage2"
-    usual = asdict(config.resolve(kind, result["profile"]))
-    own = {name: value for name, value in result["settings"].items() if name not in ("lesion", "start_from")}
-    words = [f"-p {kind}.{name} {value}" for name, value in own.items() if value != usual.get(name)]
+    result, words = results[step], []
+    for made in dict.fromkeys((STAGE1, step)):  # Stage 2 begins with what Stage 1 made
+        kind = "stage1" if made == STAGE1 else "stage2"
+        usual = asdict(config.resolve(kind, result["profile"]))
+        own = {name: value for name, value in results[made]["settings"].items() if name not in ("lesion", "start_from")}
+        words += [f"-p {kind}.{name} {value}" for name, value in own.items() if value != usual.get(name)]
     data = "phantom" if result["data"] == runs.PHANTOM else "FOLDER"
     return " ".join([f"python -m stgan_utils run --data {data} --profile {result['profile']}", *words])
 

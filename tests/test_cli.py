@@ -1,10 +1,12 @@
 """The command line as a user meets it: exit statuses, one sentence for wrong input, and no waiting."""
 
+import os
 import subprocess
 import sys
 
 import pandas as pd
 import pytest
+from PIL import Image
 
 from stgan_utils import __main__ as cli
 from stgan_utils import engine, pipeline, runs
@@ -21,6 +23,10 @@ def command(*words):
         (("run", "--data", "no/such/folder", "--out", "x"), "There is no "),
         (("run", "--profile", "tiny"), "No profile 'tiny'"),
         (("run", "-p", "iterations"), "-p takes two words"),
+        (("run", "-pseed"), "-p takes two words"),
+        (("run", "-p", "seed=3", "--only", "02"), "-p takes two words"),
+        (("run", "-p", "seed", "--force"), "-p takes two words"),
+        (("run", "--only", "02", "--from", "04"), "Step '02' comes before '04'"),
         (("run", "-p", "iteratoins", "3"), "No step has a setting 'iteratoins'"),
     ],
 )
@@ -32,6 +38,28 @@ def test_wrong_input_is_one_sentence_and_status_2(words, sentence, tmp_path, mon
     assert sentence in done.stderr
     assert done.stderr.count("\n") == 1 and "Traceback" not in done.stderr
     assert not any(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("words", [("run", "--data", "phantom"), ("dedup", "images")])
+def test_a_place_that_cannot_be_written_to_is_one_sentence(words, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PYTHONPATH", str(engine.ROOT))
+    (tmp_path / "file").write_text("mine")
+    (tmp_path / "images").mkdir()
+    Image.new("RGB", (8, 8)).save(tmp_path / "images" / "one.png")
+    done = command(*words, "--out", "file/below")
+    assert done.returncode == 2 and "file" in done.stderr and "choose another place" in done.stderr
+    assert done.stderr.count("\n") == 1 and (tmp_path / "file").read_text() == "mine"
+
+
+def test_files_that_variables_name_lie_where_the_command_was_given(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("STGAN_CACHE", "cache")
+    monkeypatch.setattr(pipeline, "run", lambda *_: None)
+    monkeypatch.setattr(sys, "argv", ["stgan_utils", "run"])
+    with pytest.raises(SystemExit):
+        cli.main()
+    assert os.environ["STGAN_CACHE"] == str(tmp_path / "cache")
 
 
 def test_help_loads_nothing_heavy():

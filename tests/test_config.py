@@ -72,6 +72,11 @@ def test_text_and_numbers_become_the_settings_kind(name, value, wanted):
         ("bt_weight", -0.1),
         ("noise_sigma", -0.1),
         ("ablation_iterations", -1),
+        ("generate", -5),
+        ("bt_ramp", -1),
+        ("noise_decay", -1),
+        ("max_minutes", -1),
+        ("max_minutes", float("nan")),
     ],
 )
 def test_wrong_value_is_named(name, value):
@@ -91,6 +96,13 @@ def test_wrong_value_is_named(name, value):
         ("baseline", "epochs", 0),
         ("baseline", "pretrained", "vgg"),
         ("baseline", "accuracy_share", 1.5),
+        ("baseline", "seed", -1),
+        ("baseline", "learning_rate", -1),
+        ("baseline", "weight_decay", -1),
+        ("baseline", "label_smoothing", 1),
+        ("baseline", "logit_adjustment", -1),
+        ("data", "phantom_size", 0),
+        ("data", "seed", 2**32),
         ("classifier", "synthetic", "all"),
     ],
 )

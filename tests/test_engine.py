@@ -1,12 +1,14 @@
 """The processes that tasks run in: what they see of their environment."""
 
 import os
+import signal
 
 import psutil
 import pytest
 import torch
 
 from stgan_utils import engine, places
+from stgan_utils.engine import Processes, StepFailed, Task, run_all
 
 SET_BY_USER = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")
 
@@ -45,3 +47,12 @@ def test_a_task_has_its_share_of_the_cores_though_torch_is_loaded_with_its_funct
     tasks = [engine.Task(str(i), write_threads, (tmp_path / str(i),), peers=peers) for i, peers in enumerate((5, 1))]
     engine.run_all(tasks, engine.Processes(2))
     assert [int((tmp_path / task.name).read_text()) for task in tasks] == [3, 6]
+
+
+def killed():
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_a_process_that_dies_is_one_sentence():
+    with pytest.raises(StepFailed, match="A process died, most often for want of memory"):
+        run_all([Task("arm", killed, ())], Processes(1))

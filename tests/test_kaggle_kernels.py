@@ -186,13 +186,24 @@ def test_a_session_cut_in_the_middle_of_stage_1_changes_nothing(kaggle, tmp_path
     command(monkeypatch, "pull", "--run", elsewhere, "--data", phantom_dir)
     assert f"{STAGE1}: unfinished, brought" in capsys.readouterr().out
     assert not runs.result(elsewhere, STAGE1)
-    assert checkpoints.read_header(elsewhere / STAGE1 / "checkpoint.safetensors")["iteration"] == 6
+    brought = elsewhere / STAGE1 / "checkpoint.safetensors"
+    assert checkpoints.read_header(brought)["iteration"] == 6
+    # What has come further here meanwhile is not written over, nor what another program is at.
+    before, (tensors, header) = brought.read_bytes(), checkpoints.load(brought)
+    checkpoints.save(brought, tensors, header | {"iteration": 8})
+    command(monkeypatch, "pull", "--run", elsewhere, "--data", phantom_dir)
+    assert f"{STAGE1}: unfinished, further here, left alone" in capsys.readouterr().out
+    assert checkpoints.read_header(brought)["iteration"] == 8
+    with pipeline.alone_in(elsewhere):
+        assert command(monkeypatch, "pull", "--run", elsewhere, "--data", phantom_dir) == 2
+    assert "Another run works in" in capsys.readouterr().err
+    brought.write_bytes(before)
 
     kaggle_kernels.push("02", out, profile="smoke", params=LENGTH)
     assert slug in kaggle.kernels[slug].request.kernel_data_sources
     kaggle.work()
     command(monkeypatch, "pull", "--run", out, "--data", phantom_dir)
-    assert {path.name for path in out.iterdir()} == {"kaggle", START, BASELINE, STAGE1}
+    assert {path.name for path in out.iterdir()} == {".lock", "kaggle", START, BASELINE, STAGE1}
     capsys.readouterr()
     pipeline.run(phantom_dir, "smoke", out, only="02", params=LENGTH)
     assert "done before, skipped" in capsys.readouterr().out
@@ -250,6 +261,7 @@ def pushed(kaggle, run_dir, status, message=None, files=()):
         (("push", "00", "--profile", "fast"), "No profile 'fast'"),
         (("push", "00", "-p", "iteratoins", "3"), "No step has a setting 'iteratoins'"),
         (("push", "00", "--dataset", "ham10000"), "Kaggle refuses ("),
+        (("push", "03", "-p", "start_from", __file__), "it lies below /kaggle/"),
         (("push", "02"), "02_stage1_global_gan waits for 00_start_here (not pushed), 01_baseline (not pushed)"),
         (("status",), "Nothing was pushed to Kaggle from "),
         (("pull", "00", "--data", "."), "Nothing was pushed to Kaggle from "),
@@ -261,6 +273,12 @@ def test_wrong_input_is_one_sentence(kaggle, run_dir, monkeypatch, capsys, words
     said = capsys.readouterr()
     assert sentence in said.err and said.err.count("\n") == 1 and not said.out
     assert not kaggle.kernels and not list(run_dir.rglob("*.ipynb"))
+
+
+def test_a_name_too_long_for_a_later_step_is_told_before_the_first_is_sent(kaggle, tmp_path):
+    with pytest.raises(UserError, match=r"Kaggle allows 50 letters and .*02.* has 53: rename the run folder"):
+        kaggle_kernels.push("all", tmp_path / "ham10000-kaggle-2026-11-27", profile="smoke")
+    assert not kaggle.kernels
 
 
 def test_without_a_token_one_sees_what_would_be_sent(kaggle, run_dir, monkeypatch, capsys):
@@ -370,7 +388,7 @@ def test_a_pull_that_fails_leaves_nothing(kaggle, run_dir, tmp_path, phantom_dir
     (tmp_path / "other").mkdir()
     with pytest.raises(UserError, match=r"other lacks 210 of the images: it must be laid out as .*images"):
         kaggle_kernels.pull("all", run_dir, tmp_path / "other")
-    assert os.listdir(run_dir) == ["kaggle"]
+    assert sorted(os.listdir(run_dir)) == [".lock", "kaggle"]
 
     # Work of another run is not written over.
     other = runs.open_step(START, config.resolve("data", "smoke", {"seed": 1}), phantom_dir, run_dir, "smoke")
