@@ -153,8 +153,9 @@ def prediction(folder, args):
 
 
 def main():
-    from stgan_utils import device, finetune, weights
+    from stgan_utils import device, weights
     from stgan_utils.classifier import Classifier
+    from stgan_utils.config import ClassifierSettings
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--images", type=int, default=320, help="images of an epoch of training (default 320)")
@@ -175,7 +176,7 @@ def main():
 {args.size}-px JPEG files, {source}; {args.repeats} runs, each in a process of its own; medians.
 
 Training on {args.images:,} images, batch {args.batch}, MobileNetV2 with all its layers learning; ours on
-{device.describe(finetune.WIDTH)}, the plain loop in float32:
+{device.describe(ClassifierSettings().width)}, the plain loop in float32:
 
 {trained_table}
 

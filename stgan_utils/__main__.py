@@ -4,6 +4,7 @@ Exit status: 0 done, 1 a notebook failed, 2 wrong input (one sentence says what)
 be read, 4 time was up and the same command goes on. Anything else that goes wrong is a bug and keeps its traceback.
 """
 
+import errno
 import os
 import sys
 from pathlib import Path
@@ -15,6 +16,7 @@ from stgan_utils import engine, pipeline, places, runs
 from stgan_utils.config import PROFILES, UserError
 
 PATHS = ("MOBILENET_V2_WEIGHTS", "INCEPTION_WEIGHTS", "STGAN_WEIGHTS", "STGAN_CACHE")  # variables that name one
+PLACE_REFUSED = (errno.EACCES, errno.EPERM, errno.EROFS, errno.EEXIST, errno.ENOTDIR)
 TWO_WORDS = "takes two words: the setting and its value, such as -p iterations 100"
 
 app = typer.Typer(
@@ -328,8 +330,10 @@ def main():
             os.environ[name] = os.path.abspath(os.path.expanduser(os.environ[name]))
     try:
         app(_join_pairs(sys.argv[1:]), prog_name="python -m stgan_utils")
-    except (PermissionError, FileExistsError, NotADirectoryError) as error:
-        print(f"{error.filename2 or error.filename}: {error.strerror}; choose another place.", file=sys.stderr)
+    except OSError as error:
+        if error.filename is None or error.errno not in PLACE_REFUSED:
+            raise
+        print(f"{error.filename}: {error.strerror}; choose another place.", file=sys.stderr)
         sys.exit(2)
     except (UserError, pipeline.StepFailed, runs.Unfinished) as error:
         print(error, file=sys.stderr)

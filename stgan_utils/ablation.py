@@ -55,7 +55,8 @@ def run(settings, real, start, extractor, folder):
     """
     wanted = {name: asdict(arm) for name, arm in arms(settings).items()}
     done, trainings = folder / "ablation.json", folder / "trainings"
-    if not done.exists() or files.read_json(done)["settings"] != wanted:
+    found = files.read_json(done) if done.exists() else {"settings": None}
+    if found["settings"] != wanted or "feature_space" not in found["curves"]:
         begun, state = trainings / "begun.json", {"settings": wanted, "feature_space": extractor.name}
         if trainings.exists() and (not begun.exists() or files.read_json(begun) != state):
             shutil.rmtree(trainings)

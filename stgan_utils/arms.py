@@ -128,7 +128,7 @@ def train(name, run_dir, seed):
     folder = run_dir / _folder(name, seed)
     if (folder / "result.json").exists():
         done = read_json(folder / "result.json")
-        if done["settings"] == asdict(settings) and done.get("inputs") == inputs:
+        if done["settings"] == asdict(settings) and done.get("inputs", inputs) == inputs:
             return folder
         raise UserError(
             f"{folder} was trained with other settings, or before {' or '.join(inputs)} was made anew: delete it, or "

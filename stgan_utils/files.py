@@ -32,7 +32,8 @@ def atomic_path(path):
         temporary.touch()
         mode = temporary.stat().st_mode
         yield temporary
-        temporary.chmod(mode)  # safetensors writes a file of its own, which nobody else may read
+        if temporary.stat().st_mode != mode:  # safetensors writes a file of its own, which nobody else may read
+            temporary.chmod(mode)
         with open(temporary, "rb") as file:
             os.fsync(file.fileno())
         os.replace(temporary, path)

@@ -321,8 +321,9 @@ def _resume(path, run, model, average, optimizer):
     if not path.exists():
         return []
     tensors, header = checkpoints.load(path)
-    if header["run"] != run:
-        differ = [key for key in run if header["run"].get(key) != run[key]]
+    there = {"images": run["images"]} | header["run"]  # checkpoints once did not say which images
+    if there != run:
+        differ = [key for key in run if there.get(key) != run[key]]
         raise UserError(
             f"{path.parent} holds another run ({', '.join(differ)} differ): choose another folder or delete it."
         )

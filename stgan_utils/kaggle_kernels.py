@@ -107,7 +107,7 @@ def status(run_dir):
 def pull(wanted, run_dir, data):
     """Brings what kernels made into the run folder, so that `pipeline.run` with `data` goes on from there.
 
-    A step that is done here, or that has come further here, is left alone; an unfinished one is brought with its
+    A step that is done here, or that has come as far here, is left alone; an unfinished one is brought with its
     checkpoint, in place of an earlier one of the same settings. Prints a line for each.
 
     Args:
@@ -128,7 +128,7 @@ def pull(wanted, run_dir, data):
                 print(f"{step.name}: done here, left alone")
             elif state in ("done", "unfinished"):
                 brought = _bring(download.kaggle_api(), run_dir, step.name, state, data)
-                print(f"{step.name}: {state}, {'brought' if brought else 'further here, left alone'}")
+                print(f"{step.name}: {state}, {'brought' if brought else 'as far here, left alone'}")
             elif wanted == "all":
                 print(f"{step.name}: {state}")
             else:

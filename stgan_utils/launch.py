@@ -56,10 +56,11 @@ def train(settings, images, folder, start=None, evaluate=None, on_sample=None, p
     print(f"{processes} processes train together, each on {settings.batch_size // processes} images of a batch.")
     callbacks = {"evaluate": evaluate, "on_sample": on_sample, "failed": _raise}
     asked = [name for name in ("evaluate", "on_sample") if callbacks[name]]
+    space = getattr(evaluate, "feature_space", None)
     torch.cuda.empty_cache()  # what this process has put by is the training's to use
     with _file_of(images) as file:
         # Pickled here: on their own way, tensors would go through /dev/shm, which is small in some containers.
-        _run(processes, callbacks, pickle.dumps((settings, file, folder, start, asked)))
+        _run(processes, callbacks, pickle.dumps((settings, file, folder, start, asked, space)))
     header = checkpoints.read_header(folder / "checkpoint.safetensors")
     return pd.DataFrame(header["history"]), pd.DataFrame(header["quality"])
 
@@ -128,10 +129,12 @@ def _work(lines, job):
         if number != parallel.rank():
             line.close()  # else its owner's end would pass unnoticed
     call = partial(_call, lines[parallel.rank()])
-    settings, file, folder, start, asked = pickle.loads(job)
-    images = np.load(file, mmap_mode="c")
+    settings, file, folder, start, asked, space = pickle.loads(job)
+    images, callbacks = np.load(file, mmap_mode="c"), {name: partial(call, name) for name in asked}
+    if "evaluate" in callbacks:
+        callbacks["evaluate"].feature_space = space
     try:
-        GanTrainer(settings, images, folder, start, **{name: partial(call, name) for name in asked}).run()
+        GanTrainer(settings, images, folder, start, **callbacks).run()
     except (UserError, Unfinished) as error:
         call("failed", error)
     torch.distributed.destroy_process_group()

@@ -127,9 +127,10 @@ def _images_below(folder):
 
 
 def _find_images(ids, folder):
-    """Path of each id's image, "" where there is none. Kaggle has every image twice: the first path by name counts."""
-    paths = {}
-    for path in sorted(_images_below(folder), key=lambda path: (path.suffix.lower() == ".png", str(path))):
+    """Path of each id's image, "" where there is none. Kaggle has every image twice: the first path by name counts,
+    and before other formats, which may be masks, a JPEG."""
+    paths, jpeg = {}, (".jpg", ".jpeg")
+    for path in sorted(_images_below(folder), key=lambda path: (path.suffix.lower() not in jpeg, str(path))):
         paths.setdefault(path.stem, str(path))
     return [paths.get(each, "") for each in ids]
 

@@ -345,5 +345,5 @@ def test_wrong_sets_and_nan_say_what_to_do(tmp_path):
     with pytest.raises(UserError, match="validation"):
         finetune.train(SETTINGS, images, labels, rows, val[:0], tmp_path)
     with pytest.raises(UserError, match=r"NaN in epoch \d.*lower learning_rate"):
-        finetune.train(replace(SETTINGS, learning_rate=math.inf), images, labels, rows, val, tmp_path)
+        finetune.train(replace(SETTINGS, weight_decay=math.inf), images, labels, rows, val, tmp_path)
     assert not (tmp_path / finetune.MODEL_FILE).exists()

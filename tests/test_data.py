@@ -337,6 +337,14 @@ def test_folders_that_are_no_dataset(tmp_path):
         data.load_dataset(tmp_path / "a")
 
 
+def test_of_images_of_one_name_the_jpeg_counts(tmp_path):
+    folder = kaggle(tmp_path)
+    for number, suffix in enumerate((".bmp", ".png", ".tif")):  # masks, say, in a folder that sorts first
+        picture(folder / "A" / f"ISIC_0000000{suffix}", number)
+    table = data.load_dataset(folder).set_index("image_id")
+    assert table.loc["ISIC_0000000", "path"].endswith("images_part_1/ISIC_0000000.jpg")
+
+
 @pytest.mark.parametrize("suffix", [".bmp", ".TIF", ".tiff", ".webp", ".JPEG"])
 def test_other_formats_of_images_are_read_too(tmp_path, suffix):
     for number, code in enumerate(CLASSES):

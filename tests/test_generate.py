@@ -314,7 +314,7 @@ def test_release(finished, chosen, repository, phantom_dir, monkeypatch, capsys)
         "nz": 32,
     }
     assert entry["trained_on"]["iterations"] == 7 and entry["trained_on"]["commit"] == checkpoints.git_commit()
-    assert entry["trained_on"]["command"].endswith("--profile smoke -p stage2.iterations 9")
+    assert entry["trained_on"]["command"].endswith("--profile smoke -p stage1.iterations 9 -p stage2.iterations 9")
     distances = entry["figures"]["kid_held_out"]["VASC"], entry["figures"]["kid_held_out_of_stage1"]["VASC"]
     for figures in distances:
         assert figures["low"] < figures["kid"] < figures["high"] and figures["real"] == 10

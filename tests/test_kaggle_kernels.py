@@ -192,7 +192,7 @@ def test_a_session_cut_in_the_middle_of_stage_1_changes_nothing(kaggle, tmp_path
     before, (tensors, header) = brought.read_bytes(), checkpoints.load(brought)
     checkpoints.save(brought, tensors, header | {"iteration": 8})
     command(monkeypatch, "pull", "--run", elsewhere, "--data", phantom_dir)
-    assert f"{STAGE1}: unfinished, further here, left alone" in capsys.readouterr().out
+    assert f"{STAGE1}: unfinished, as far here, left alone" in capsys.readouterr().out
     assert checkpoints.read_header(brought)["iteration"] == 8
     with pipeline.alone_in(elsewhere):
         assert command(monkeypatch, "pull", "--run", elsewhere, "--data", phantom_dir) == 2

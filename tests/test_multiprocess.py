@@ -39,6 +39,9 @@ def kid_of_mean(pictures):
     return {"kid": float(pictures.mean())}
 
 
+kid_of_mean.feature_space = "their mean"
+
+
 def in_double(patch):
     patch.setattr(torch.Tensor, "float", torch.Tensor.double)
     patch.setattr(trainer, "GRID", 2)
@@ -191,7 +194,9 @@ def test_launched_from_here_callbacks_are_called_here(one, tmp_path, capsys, dou
     expected = launch.train(**stage2(tmp_path / "one", one / "1"), processes=1)
     for ours, theirs in zip((history, quality), expected, strict=True):
         pd.testing.assert_frame_equal(ours, theirs, rtol=1e-9)
-    assert "2 processes train together, each on 2 images of a batch." in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "2 processes train together, each on 2 images of a batch." in said and "from here on" not in said
+    assert checkpoints.read_header(tmp_path / "checkpoint.safetensors")["feature_space"] == "their mean"
 
 
 def test_a_killed_process_ends_the_others_and_is_named(tmp_path):

@@ -124,5 +124,5 @@ def test_wrong_sources_say_what_to_do(model, folder, tmp_path):
         with pytest.raises(UserError, match=message):
             predict_folder(model, source, tmp_path / "out.csv")
     assert not (tmp_path / "out.csv").exists()
-    with pytest.raises(UserError, match="empty is a folder: name a file"):
+    with pytest.raises(UserError, match="empty is a folder or a device: name a file"):
         predict_folder(model, tmp_path / "images.zip", tmp_path / "empty")
