@@ -7,7 +7,7 @@ import pandas as pd
 import pytest
 from conftest import ROOT, command
 
-from stgan_utils import config, runs, weights
+from stgan_utils import config, data, runs, weights
 from stgan_utils.files import sha256
 from stgan_utils.lesions import CLASSES
 
@@ -152,3 +152,20 @@ def test_real_images_go_through_the_first_step(ham10000, tmp_path):
     counts = json.loads((out / runs.START / "result.json").read_text())["numbers"]["counts"]
     found = {code: sum(counts[code][split] for split in ("train", "val", "test")) for code in CLASSES}
     assert found == {"AKIEC": 183, "BCC": 264, "BKL": 583, "DF": 60, "MEL": 491, "NV": 4323, "VASC": 80}
+
+
+def test_the_prior_systems_generated_images_count_as_real_nowhere(phantom_dir, tmp_path):
+    of_class = data.load_dataset(str(phantom_dir)).groupby("label").head(5)
+    rows, prior = [], tmp_path / "prior"
+    (prior / "images").mkdir(parents=True)
+    for place, image in enumerate(of_class.sort_values("label").itertuples()):
+        name = f"{image.label}_{place:04}_{'RRRFF'[place % 5]}.jpg"
+        shutil.copy(image.path, prior / "images" / name)
+        rows.append([name, *(int(code == image.label) for code in CLASSES)])
+    pd.DataFrame(rows, columns=["filename", *CLASSES]).to_csv(prior / "synthetic_dataset_labels.csv", index=False)
+    out = tmp_path / "out"
+    ran = command("stgan_utils", "run", "--data", prior, "--profile", "smoke", "--out", out, "--only", "00")
+    assert ran.returncode == 0, ran.stderr
+    table = data.read_table(out / runs.START / "table.csv")
+    assert len(table) == 21 and table["image_id"].str.endswith("_R").all() and "synthetic" not in table
+    assert "14 images made by a GAN are set aside" in (out / "notebooks" / "00_start_here.ipynb").read_text()
