@@ -79,8 +79,9 @@ def compared_by_seed(kids):
 
 def main():
     from stgan_utils import data
-    from stgan_utils.config import PERCEPTUAL, PROFILES, SIZES, Stage1Settings
+    from stgan_utils.config import PERCEPTUAL, SIZES, Stage1Settings
     from stgan_utils.features import feature_extractor
+    from stgan_utils.profiles import PROFILES
     from stgan_utils.quality import kid
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)

@@ -17,8 +17,8 @@ from time import perf_counter
 from common import write_section
 
 from stgan_utils import files
-from stgan_utils.config import PROFILES
 from stgan_utils.pipeline import STEPS
+from stgan_utils.profiles import PROFILES
 from stgan_utils.runs import result
 
 PACKAGES = ("papermill", "torch")

@@ -335,7 +335,8 @@ inputs and outputs once) {1e3 * moved / bytes_a_second:.2f} ms."""
 
 def main():
     from stgan_utils import device
-    from stgan_utils.config import PERCEPTUAL, PROFILES, SIZES
+    from stgan_utils.config import PERCEPTUAL, SIZES
+    from stgan_utils.profiles import PROFILES
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--reference", metavar="DIR", help="a clone of FastGAN's public code (256 or 512 px only)")

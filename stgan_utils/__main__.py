@@ -13,7 +13,8 @@ from typing import Annotated
 import typer
 
 from stgan_utils import engine, pipeline, places, runs
-from stgan_utils.config import PROFILES, UserError
+from stgan_utils.config import UserError
+from stgan_utils.profiles import PROFILES
 
 PATHS = ("MOBILENET_V2_WEIGHTS", "INCEPTION_WEIGHTS", "STGAN_WEIGHTS", "STGAN_CACHE")  # variables that name one
 PLACE_REFUSED = (errno.EACCES, errno.EPERM, errno.EROFS, errno.EEXIST, errno.ENOTDIR)

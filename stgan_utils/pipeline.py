@@ -66,7 +66,7 @@ def run(data, profile, out, only=None, start=None, jobs=1, force=False, params=N
 
     Args:
         data: "phantom", or a dataset's folder or file.
-        profile: one of `config.PROFILES`.
+        profile: one of `profiles.PROFILES`.
         out: the run folder.
         only: run the steps whose name begins with this, and no others.
         start: begin at the first step whose name begins with this.

@@ -226,8 +226,8 @@ class GanTrainer(Iteration):
             )
         self.iteration, self.best = header["iteration"], header["best"]
         self.history, self.quality = header["history"], header["quality"]
-        measured = self.best and parallel.is_main() and self.evaluate
-        if measured and header.get("feature_space", self.feature_space) != self.feature_space:
+        measures = self.best and self.evaluate and parallel.is_main() and self.iteration < self.settings.iterations
+        if measures and header.get("feature_space", self.feature_space) != self.feature_space:
             print(f"KID: {self.feature_space} from here on; the start and the best generator are measured anew in it.")
             self._measure_anew()
         for name, module in self._modules().items():

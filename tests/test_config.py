@@ -6,10 +6,11 @@ import pytest
 
 from stgan_utils import augment, config
 from stgan_utils.config import UserError, resolve
+from stgan_utils.profiles import PROFILES
 
 
 def test_given_before_profile_before_default():
-    profile = config.PROFILES["kaggle"]["stage1"]
+    profile = PROFILES["kaggle"]["stage1"]
     settings = resolve("stage1", "kaggle", {"iterations": 5, "size": None, "data": "x", "not_a_setting": 1})
     assert settings.iterations == 5 != profile["iterations"]
     assert settings.size == profile["size"] != config.Stage1Settings().size
@@ -17,7 +18,7 @@ def test_given_before_profile_before_default():
 
 
 def test_every_profile_resolves_for_every_step_and_names_only_known_settings():
-    for name, profile in config.PROFILES.items():
+    for name, profile in PROFILES.items():
         for step, kind in config.SETTINGS.items():
             assert is_dataclass(resolve(step, name))
             assert set(profile.get(step, {})) <= {field.name for field in fields(kind)}, (name, step)

@@ -317,8 +317,10 @@ def test_kids_of_another_feature_space_are_not_compared(tmp_path, better, capsys
     assert (here.seen[0] == there.seen[1]).all() and (here.seen[1] == there.seen[0]).all()  # the best, the start
     header = checkpoints.read_header(tmp_path / "best.safetensors")
     assert (header["iteration"], header["quality"]["kid"]) == ((6, 4.0) if better == "best" else (0, 5.0))
-    # The same space again: nothing is measured twice.
-    GanTrainer(replace(settings, iterations=6), IMAGES, tmp_path, evaluate=Space("MobileNet", []))
+    # A finished run is only looked at; one that goes on in the same space measures nothing twice.
+    GanTrainer(replace(settings, iterations=6), IMAGES, tmp_path, evaluate=Space("Inception", [])).run()
+    assert checkpoints.read_header(tmp_path / "best.safetensors") == header
+    GanTrainer(replace(settings, iterations=8), IMAGES, tmp_path, evaluate=Space("MobileNet", []))
 
 
 def test_headers_say_what_the_files_are(whole):

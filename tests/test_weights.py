@@ -25,6 +25,7 @@ from stgan_utils import checkpoints, classifier, config, download, weights
 from stgan_utils.config import UserError
 from stgan_utils.fastgan import Discriminator, Generator
 from stgan_utils.lesions import CLASSES, MINORITY
+from stgan_utils.profiles import PROFILES
 
 ROOT, SCHEMA = weights.ROOT, weights.ROOT / "stgan_utils" / "weights_manifest.schema.json"
 CONTENT = bytes(range(256)) * 2000  # half a megabyte
@@ -420,7 +421,7 @@ def test_the_quick_profile_fits_what_is_released():
             assert settings.weights == "auto"
             if RELEASED:
                 assert weights.choose_released(settings), lesion
-    others = set(config.PROFILES) - {"quick"}
+    others = set(PROFILES) - {"quick"}
     assert {config.resolve(kind, name).weights for kind in ("stage1", "stage2") for name in others} == {"train"}
 
 
