@@ -52,7 +52,7 @@ def kid(real_features, fake_features, seed=0, subsets=1000, most=2000):
         most: a larger set is cut to this many images, drawn by `seed`.
 
     Returns:
-        {"kid", "low", "high", "std" (of the resamples), "subset_size" (images of the smaller set, as used), "subsets"}.
+        {"kid", "low", "high", "std" (of the resamples), "subset_size" (images of the smaller set, as used)}.
     """
     rng = np.random.default_rng(seed)
     real, fake = (
@@ -73,7 +73,7 @@ def kid(real_features, fake_features, seed=0, subsets=1000, most=2000):
     drawn = drawn[np.isfinite(drawn)]  # of a handful of images, one resample may be a single image over and over
     low, high = np.percentile(drawn, (2.5, 97.5))
     figures = {"kid": value, "low": low, "high": high, "std": drawn.std()}
-    return {key: float(x) for key, x in figures.items()} | {"subset_size": smaller, "subsets": subsets}
+    return {key: float(x) for key, x in figures.items()} | {"subset_size": smaller}
 
 
 class DistanceToReal:

@@ -79,7 +79,7 @@ def _release_generators(run_dir, folder):
         raise UserError(f"{run_dir} is not a finished run: {', '.join(missing)} is not done.")
     if borrowed := [step for step, found in results.items() if "released" in found["numbers"]]:
         raise UserError(f"{run_dir} trained nothing in {', '.join(borrowed)}: it used released weights.")
-    distance = _Distance(run_dir)
+    distance = HeldOutDistance(run_dir)
     assets, rows = [], []
     for code, step in ({None: STAGE1} | steps).items():
         best = run_dir / step / "best.safetensors"
@@ -87,9 +87,9 @@ def _release_generators(run_dir, folder):
         file = folder / f"{name}.safetensors"
         header = _write_half(best, file, run_dir / STAGE1 / "checkpoint.safetensors" if code is None else None)
         rows.append(_check_pictures(best, file))
-        figures = {"feature_space": distance.extractor.name, "kid_held_out": distance(file)}
+        measured = distance(file, [code] if code else CLASSES)
+        figures = {"feature_space": distance.extractor.name, "kid_held_out": measured}
         if code:
-            figures["kid_held_out"] = {code: figures["kid_held_out"][code]}
             figures["kid_held_out_of_stage1"] = {code: assets[0]["figures"]["kid_held_out"][code]}
             figures["memorisation"] = results[step]["numbers"]["memorisation"]
         assets.append(_generator_entry(file, header, code, results, step, figures))
@@ -124,8 +124,11 @@ def _check_pictures(original, released):
     return after
 
 
-class _Distance:
-    """KID of a generator's file to the real images of each class that no GAN of the run has seen."""
+class HeldOutDistance:
+    """KID of a generator's file to the real images of classes that no GAN of a run has seen, by class.
+
+    {class: {"kid", "low", "high", "real" and "generated" (numbers of images)}}, in the features of `extractor`.
+    """
 
     def __init__(self, run_dir):
         table = datasets.read_table(run_dir / runs.START / "table.csv")
@@ -136,11 +139,10 @@ class _Distance:
             code: self.extractor(datasets.load_images(rows["path"], size)) for code, rows in held_out.groupby("label")
         }
 
-    def __call__(self, file):
-        images = generation.sample(checkpoints.load_generator(file), 0, range(GENERATED))
-        made = self.extractor(images)
+    def __call__(self, file, classes=CLASSES):
+        made = self.extractor(generation.sample(checkpoints.load_generator(file), 0, range(GENERATED)))
         found = {}
-        for code in CLASSES:
+        for code in classes:
             figures = kid(self.real[code], made)
             values = {name: round(figures[name], 4) for name in ("kid", "low", "high")}
             found[code] = values | {"real": len(self.real[code]), "generated": GENERATED}

@@ -354,13 +354,13 @@ def test_release(finished, chosen, repository, phantom_dir, monkeypatch, capsys)
 
 
 def test_the_model_card_says_what_the_manifest_says(finished, chosen, repository, monkeypatch):
-    def distance(self, file):
+    def distance(self, file, classes):
         if file.stem == "stage1-64px":
             return {code: {"kid": 0.5, "low": 0.45, "high": 0.55, "real": 10, "generated": 16} for code in CLASSES}
         kid = {"stage2-bcc-64px": 0.6, "stage2-df-64px": 0.49}.get(file.stem, 0.4)
         return {c: {"kid": kid, "low": kid - 0.04, "high": kid + 0.04, "real": 10, "generated": 16} for c in CLASSES}
 
-    monkeypatch.setattr(release._Distance, "__call__", distance)
+    monkeypatch.setattr(release.HeldOutDistance, "__call__", distance)
     release.release(finished)
     card = (repository / "weights" / "README.md").read_text()
     assert "| BCC | 10 | 0.600 (0.560 – 0.640) | 0.500 (0.450 – 0.550) | **no** |" in card
@@ -386,7 +386,7 @@ def test_the_model_card_says_what_the_manifest_says(finished, chosen, repository
 def test_a_release_is_refused_whole(finished, chosen, repository, monkeypatch):
     manifest = weights.MANIFEST.read_text()
     monkeypatch.setattr(release, "LIMIT", 1_000_000)
-    monkeypatch.setattr(release._Distance, "__call__", lambda self, file: dict.fromkeys(CLASSES, 0))
+    monkeypatch.setattr(release.HeldOutDistance, "__call__", lambda self, file, classes: dict.fromkeys(CLASSES, 0))
     with pytest.raises(UserError, match=r"MB together, 1 MB may be released"):
         release.release(finished)
     monkeypatch.setattr(release, "FURTHEST", -1)
