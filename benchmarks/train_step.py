@@ -347,9 +347,8 @@ def main():
     parser.add_argument(
         "--perceptual", choices=PERCEPTUAL, default=cheaper, help=f"the cheaper one (default {cheaper})"
     )
-    seldom = PROFILES["real-cpu"]["stage1"]["reconstruct_every"]
     parser.add_argument(
-        "--reconstruct-every", type=int, default=seldom, help=f"steps, in the last program compared (default {seldom})"
+        "--reconstruct-every", type=int, default=4, help="steps, in the last program compared (default 4)"
     )
     parser.add_argument("--repeats", type=int, default=5, help="turns of each program (default 5)")
     parser.add_argument("--threads", type=int, default=0, help="threads of the CPU (default: torch's choice)")

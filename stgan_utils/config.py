@@ -72,7 +72,8 @@ class Stage1Settings:
     # Needs no pretrained weights. To real images "mobilenet", which does, comes far nearer (`benchmarks/quality.py`).
     perceptual: str = "l1"
     # Iterations from one reconstruction to the next, each then weighing as much more. Above 1 it saves time: lazy
-    # regularisation (T. Karras et al., CVPR 2020, arXiv:1912.04958, appendix B).
+    # regularisation (T. Karras et al., CVPR 2020, arXiv:1912.04958, appendix B). Stage 2 seems to pay for it
+    # (`benchmarks/RESULTS.md`).
     reconstruct_every: int = 1
     augment: str = "color,translation"
     checkpoint_every: int = 250

@@ -51,7 +51,7 @@ PROFILES = {
             "generate": 120,
         },
     },
-    # Real images on a laptop, an evening; what the released GANs were trained with, but for `reconstruct_every` (1).
+    # Real images on a laptop, an evening; what the released GANs were trained with.
     "real-cpu": {
         "baseline": {"size": 96, "epochs": 6},
         "classifier": {"size": 96, "epochs": 6},
@@ -60,7 +60,6 @@ PROFILES = {
             "ngf": 16,
             "iterations": 3000,
             "perceptual": "mobilenet",
-            "reconstruct_every": 4,
             "checkpoint_every": 250,
             "sample_every": 250,
             "evaluate_every": 500,
