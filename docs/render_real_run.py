@@ -185,7 +185,7 @@ def facts(run_dir, results):
         "profile": start["profile"],
         "seed": start["seed"],
         "machine": stage1["device"],
-        "versions": "Python {python}, torch {torch}, torchvision {torchvision}, commit {git:.7}".format(
+        "versions": "Python {python}, torch {torch}, torchvision {torchvision}, commit {git!s:.7}".format(
             **start["versions"]
         ),
         "command": command(results),

@@ -66,7 +66,7 @@ def _pictures(generators):
 
 
 def table(columns, rows):
-    """A Markdown table."""
+    """A Markdown table: names of the columns, and rows of as many cells."""
     lines = [columns, ["---"] * len(columns), *rows]
     return "\n".join(f"| {' | '.join(map(str, line))} |" for line in lines)
 
