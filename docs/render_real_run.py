@@ -8,7 +8,6 @@ import base64
 import io
 import re
 import sys
-from dataclasses import asdict
 from pathlib import Path
 
 import jinja2
@@ -63,6 +62,7 @@ def main(run_dir, docs=HERE):
     results = {step.name: runs.result(run_dir, step.name) for step in pipeline.STEPS}
     if missing := [name for name, found in results.items() if found is None]:
         raise SystemExit(f"{run_dir} is not a finished run: {', '.join(missing)} is not done.")
+    known = facts(run_dir, results)  # before anything is written: it can refuse
     for folder in ("figures", "executed"):
         (docs / folder).mkdir(exist_ok=True)
     draw(run_dir, results, docs / "figures")
@@ -72,8 +72,7 @@ def main(run_dir, docs=HERE):
     template = jinja2.Template(
         (HERE / "real-run.md.jinja").read_text(encoding="utf-8"), undefined=jinja2.StrictUndefined
     )
-    page = template.render(facts(run_dir, results))
-    (docs / "real-run.md").write_text(page + "\n", encoding="utf-8")
+    (docs / "real-run.md").write_text(template.render(known) + "\n", encoding="utf-8")
 
 
 # --- pictures ------------------------------------------------------------------------------------------------------
@@ -224,9 +223,7 @@ def command(results):
     data = runs.PHANTOM if start["data"] == runs.PHANTOM else "FOLDER"
     words = [f"python -m stgan_utils run --data {data} --profile {start['profile']} --out RUN"]
     for step in pipeline.STEPS:
-        usual = asdict(step.settings(results[step.name]["profile"], {}))
-        own = results[step.name]["settings"]
-        words += [f"-p {step.kind}.{name} {value}" for name, value in own.items() if value != usual[name]]
+        words += release.differing(results[step.name], step.kind)
     return " ".join(dict.fromkeys(words))  # the six of Stage 2 once
 
 
@@ -310,4 +307,6 @@ def of_validation(sets):
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    if len(sys.argv) != 2:
+        raise SystemExit("Name the folder of a finished run: python docs/render_real_run.py RUN")
+    main(sys.argv[1])

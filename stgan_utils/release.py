@@ -225,11 +225,16 @@ def _command(results, step):
     result, words = results[step], []
     for made in dict.fromkeys((STAGE1, step)):  # Stage 2 begins with what Stage 1 made
         kind = "stage1" if made == STAGE1 else "stage2"
-        usual = asdict(config.resolve(kind, result["profile"]))
-        own = {name: value for name, value in results[made]["settings"].items() if name not in ("lesion", "start_from")}
-        words += [f"-p {kind}.{name} {value}" for name, value in own.items() if value != usual.get(name)]
+        words += differing(results[made], kind)
     data = "phantom" if result["data"] == runs.PHANTOM else "FOLDER"
     return " ".join([f"python -m stgan_utils run --data {data} --profile {result['profile']}", *words])
+
+
+def differing(result, kind):
+    """`-p KIND.NAME VALUE` for each setting in which a step differs from its profile, but for where it began."""
+    usual = asdict(config.resolve(kind, result["profile"]))
+    own = {name: value for name, value in result["settings"].items() if name not in ("lesion", "start_from")}
+    return [f"-p {kind}.{name} {value}" for name, value in own.items() if value != usual.get(name)]
 
 
 def _manifest_with(assets):
