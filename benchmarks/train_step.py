@@ -4,9 +4,9 @@ DIR is a clone of FastGAN's public code (hugobb/FastGAN-pytorch is a copy of the
 losses and augmentation make the step that ours is compared with, on the same kind of batch. Without it, ours is
 compared with itself done plainly: float32, channels first, memory given back at every step. Perceptual networks have
 random weights here, which cost the same. Each program has a process of its own, so that neither gets what the other set
-up; they take turns, step by step; on a GPU, where one step is too short to be timed, some ten at a time. Where not
-every step reconstructs, a turn is a whole round of those that do and those that do not. Ends with how the cost grows
-with the size of the images and, on a GPU, with what the time goes into and what the device could do.
+up; they take turns, step by step; on a GPU, where one step is too short to be timed, some ten at a time; of light
+steps, a round in which each decoder had its turn. Ends with how the cost grows with the size of the images and, on a
+GPU, with what the time goes into and what the device could do.
 """
 
 import argparse
@@ -99,7 +99,7 @@ def ours(args, exact=False, plain=False):
     if plain:
         device.keep_memory = lambda: None
         torch.channels_last = torch.contiguous_format
-    same = {name: getattr(args, name) for name in ("size", "ngf", "perceptual", "reconstruct_every")}
+    same = {name: getattr(args, name) for name in ("size", "ngf", "perceptual", "training_step")}
     settings = Stage1Settings(batch_size=args.batch, **same)
     shape = 4 * args.batch, args.size, args.size, 3
     images = np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
@@ -123,6 +123,7 @@ def work(connection, program, args):
     import torch
     from torch.utils.flop_counter import FlopCounterMode
 
+    from stgan_utils.fastgan import DECODERS
     from stgan_utils.graphs import WARM_UP
 
     if args.threads:
@@ -130,12 +131,12 @@ def work(connection, program, args):
     torch.manual_seed(0)
     on_gpu = torch.cuda.is_available()
     wait = torch.cuda.synchronize if on_gpu else lambda: None
-    step, every = PROGRAMS[program](args), args.reconstruct_every
+    step, every = PROGRAMS[program](args), len(DECODERS) if args.training_step == "light" else 1
     steps = every * math.ceil(ON_A_GPU / every) if on_gpu else every
     with traffic() as moved, FlopCounterMode(display=False) as counter:
         for _ in range(every):
             step()
-    for _ in range(steps + WARM_UP * every if on_gpu else 0):  # kernels are chosen, and both kinds of step recorded
+    for _ in range(steps + WARM_UP * every if on_gpu else 0):  # kernels are chosen, each kind of step is recorded
         step()
     operations = counter.get_total_flops() / every
     connection.send(operations)
@@ -192,12 +193,12 @@ def take_turns(programs, repeats, look=False):
 
 
 def side_by_side(args):
-    """Markdown: the old step, ours with the same perceptual network, with the cheaper one, and with reconstruction in
-    some steps only; on a GPU, where the time of the last goes."""
+    """Markdown: the old step, ours with the same perceptual network, with the cheaper one, and the light step with it;
+    on a GPU, where the time of the last goes."""
     from stgan_utils import device
 
     old = ("the public code", "reference") if args.reference else ("ours, done plainly", "plain")
-    cheaper = argparse.Namespace(**{**vars(args), "reconstruct_every": 1})
+    cheaper = argparse.Namespace(**{**vars(args), "training_step": "paper"})
     same = argparse.Namespace(**{**vars(cheaper), "perceptual": "vgg"})
     rows = [(f"{old[0]} (vgg)", old[1], same), ("same mathematics (vgg), float32", "exact", same)]
     precision = str(device.precision(device.pick(), args.ngf)).removeprefix("torch.")
@@ -205,9 +206,7 @@ def side_by_side(args):
         rows.append((f"same mathematics (vgg), {precision}", "ours", same))
     if args.perceptual != "vgg":
         rows.append((f"a cheaper distance ({args.perceptual}), {precision}", "ours", cheaper))
-    if args.reconstruct_every > 1:
-        often = f"reconstruction in one step of {args.reconstruct_every}"
-        rows.append((f"{often} ({args.perceptual}), {precision}", "ours", args))
+    rows.append((f"the light step ({args.perceptual}), {precision}", "ours", args))
     found, looked_at = take_turns([row[1:] for row in rows], args.repeats, look=device.pick().type == "cuda")
     before = np.array(found[0][1])
     lines = [
@@ -226,15 +225,15 @@ def side_by_side(args):
 def growth(args):
     """Markdown table of our step at each size in `args.growth`."""
     lines = [
-        f"How our step ({args.perceptual}, reconstruction in each) grows with the size (operations: additions and",
-        "multiplications of convolutions and matrix products, as torch counts them):",
+        f"How the light step ({args.perceptual}) grows with the size (operations: additions and multiplications of",
+        "convolutions and matrix products, as torch counts them):",
         "",
         "| size | seconds a step | against the size before | images/s | 10⁹ operations | 10⁹ a second | peak memory |",
         "|---|---|---|---|---|---|---|",
     ]
     last = None
     for size in args.growth:
-        sized = argparse.Namespace(**{**vars(args), "size": size, "reconstruct_every": 1})
+        sized = argparse.Namespace(**{**vars(args), "size": size})
         [(operations, taken, peak)], _ = take_turns([("ours", sized)], args.repeats)
         seconds = median(taken)
         times = f"{seconds / last:.2f}×" if last else ""
@@ -347,12 +346,10 @@ def main():
     parser.add_argument(
         "--perceptual", choices=PERCEPTUAL, default=cheaper, help=f"the cheaper one (default {cheaper})"
     )
-    parser.add_argument(
-        "--reconstruct-every", type=int, default=4, help="steps, in the last program compared (default 4)"
-    )
     parser.add_argument("--repeats", type=int, default=5, help="turns of each program (default 5)")
     parser.add_argument("--threads", type=int, default=0, help="threads of the CPU (default: torch's choice)")
     parser.add_argument("--growth", type=int, choices=SIZES, nargs="*", default=SIZES, help="sizes (default: all)")
+    parser.set_defaults(training_step="light")
     args = parser.parse_args()
     if args.reference and not (Path(args.reference) / "train.py").is_file():
         parser.error(f"--reference {args.reference} is no clone of FastGAN's public code: it has no train.py")

@@ -10,7 +10,7 @@ from stgan_utils import device as devices
 from stgan_utils import parallel
 from stgan_utils.augment import diff_augment
 from stgan_utils.config import UserError
-from stgan_utils.fastgan import Discriminator, Generator, quadrant_of, small_view
+from stgan_utils.fastgan import DECODERS, Discriminator, Generator, quadrant_of, small_view
 from stgan_utils.graphs import Replayed
 from stgan_utils.losses import Projector, barlow_twins, hinge_d_loss, hinge_g_loss, perceptual_distance
 from stgan_utils.order import Order
@@ -95,11 +95,12 @@ class Iteration:
         self.quadrant = torch.zeros(1, dtype=torch.long, device=self.device)
         self.noise, self.ramp = torch.zeros(2, device=self.device)
         self._mixed, self._copied = self._averaged()
-        # With and without reconstruction: two recordings, which have no need of memory at the same time.
-        self._losses = {rebuilds: partial(self._iterate, rebuilds) for rebuilds in (True, False)}
+        self.light = s.training_step == "light"
+        turns = [(decoder,) for decoder in DECODERS] if self.light else [DECODERS]
+        self._turns = [partial(self._iterate, decoders) for decoders in turns]
         if self.recorded:
-            pool = torch.cuda.graph_pool_handle()
-            self._losses = {rebuilds: Replayed(iterate, pool) for rebuilds, iterate in self._losses.items()}
+            pool = torch.cuda.graph_pool_handle()  # recordings have no need of memory at the same time
+            self._turns = [Replayed(turn, pool) for turn in self._turns]
 
     def _modules(self):
         return {
@@ -112,7 +113,7 @@ class Iteration:
     def step(self):
         """One iteration: batch, discriminator, generator, average. Returns the losses as tensors on the device."""
         self._set_inputs()
-        losses = self._losses[self.iteration % self.settings.reconstruct_every == 0]()
+        losses = self._turns[self.iteration % len(self._turns)]()
         self._average()
         self.iteration += 1
         return losses
@@ -125,25 +126,32 @@ class Iteration:
         if self.barlow:
             self.ramp.fill_(self._ramp())
 
-    def _iterate(self, rebuilds):
+    def _iterate(self, decoders):
         real = self._batch()
         z = parallel.drawn(torch.randn, (len(real), self.generator.nz), device=self.device)
         with devices.autocast(self.device, self.generator.ngf):
             fake = [diff_augment(view, self.settings.augment) for view in self.generator(z, with_small=True)]
-        return self._discriminator_step(real, fake, rebuilds) | self._generator_step(fake)
+        seen = [view.detach().requires_grad_() for view in fake]  # the generator's gradients are taken here, then on
+        logits = self._logits_of(seen)
+        if self.light:  # both step from where both stand: one judgement of the generated images is enough
+            found = self._generator_step(fake, seen, logits)
+            return self._discriminator_step(real, logits, decoders) | found
+        found = self._discriminator_step(real, logits, decoders)
+        return found | self._generator_step(fake, seen, self._logits_of(seen))
 
-    def _discriminator_step(self, real, fake, rebuilds):
+    def _logits_of(self, views):
+        with devices.autocast(self.device, self.generator.ngf):
+            return self._judge(*views).logits
+
+    def _discriminator_step(self, real, fake_logits, decoders):
         s = self.settings
         view = diff_augment(real, s.augment)
         with devices.autocast(self.device, self.generator.ngf):
             judged = self._judge(view, small_view(view))
-            d_real, d_fake = hinge_d_loss(judged.logits, self._judge(*(f.detach() for f in fake)).logits)
-            total = d_real + d_fake
-            losses = {"d_real": d_real, "d_fake": d_fake}
-            if rebuilds:
-                losses["reconstruction"] = self._reconstruction(view, judged)
-                # So much more of it when it is there, that it weighs the same in the mean.
-                total = total + s.reconstruct_every * losses["reconstruction"]
+            d_real, d_fake = hinge_d_loss(judged.logits, fake_logits)
+            reconstruction = self._reconstruction(view, judged, decoders)
+            total = d_real + d_fake + reconstruction
+            losses = {"d_real": d_real, "d_fake": d_fake, "reconstruction": reconstruction}
             if self.barlow:
                 other = diff_augment(real, s.augment)
                 embed = [self.projector(j.last.mean((2, 3))) for j in (judged, self._judge(other, small_view(other)))]
@@ -151,13 +159,14 @@ class Iteration:
                 weighted = self.ramp * (on_diag + BARLOW_LAMBDA * off_diag)
                 total = total + weighted
                 losses |= {"bt_on_diag": on_diag, "bt_off_diag": off_diag, "bt_weighted": weighted}
-        self._descend(self.optimizer_d, total)
+        self._descend(self.optimizer_d, [self.scaler.scale(total)])
         return losses
 
-    def _generator_step(self, fake):
-        with devices.autocast(self.device, self.generator.ngf):
-            loss = hinge_g_loss(self._judge(*fake).logits)
-        self._descend(self.optimizer_g, loss)
+    def _generator_step(self, fake, seen, logits):
+        loss = hinge_g_loss(logits)
+        # What the discriminator has computed of them is needed once more where its own step follows.
+        gradients = torch.autograd.grad(self.scaler.scale(loss), seen, retain_graph=self.light)
+        self._descend(self.optimizer_g, fake, gradients)
         return {"g": loss}
 
     def _judge(self, images, small):
@@ -166,22 +175,27 @@ class Iteration:
             images, small = (view + self.noise * parallel.drawn_like(torch.randn_like, view) for view in views)
         return self.discriminator(images, small)
 
-    def _reconstruction(self, real, judged):
+    def _reconstruction(self, real, judged, decoders):
         """Perceptual distance between real images and what the decoders rebuild of them (paper, section 3.2)."""
-        whole, from_small, part = self.discriminator.reconstruct(judged, self.quadrant)
-        side = whole.shape[-1]
+        pictures = dict(zip(decoders, self.discriminator.reconstruct(judged, self.quadrant, decoders), strict=True))
+        part = pictures.pop("part", None)
+        total = 0
+        if pictures:  # of one target, whose features are then needed only once
+            total = len(pictures) * self._distance(torch.cat([*pictures.values()]), real)
+        if part is not None:
+            total = total + self._distance(part, quadrant_of(real, self.quadrant))
+        return len(DECODERS) / len(decoders) * total  # in the mean, all weigh the same
 
-        def scaled(images):
-            return F.interpolate(images, size=side, mode="area" if images.shape[-1] > side else "nearest")
+    def _distance(self, pictures, real):
+        side = pictures.shape[-1]
+        scaled = F.interpolate(real, size=side, mode="area" if real.shape[-1] > side else "nearest")
+        return self.perceptual(pictures, scaled)
 
-        pair = torch.cat([whole, from_small])  # of one target, whose features are then needed only once
-        return 2 * self.perceptual(pair, scaled(real)) + self.perceptual(part, scaled(quadrant_of(real, self.quadrant)))
-
-    def _descend(self, optimizer, loss):
+    def _descend(self, optimizer, tensors, gradients=None):
         optimizer.zero_grad(set_to_none=True)
         trained = [parameter for group in optimizer.param_groups for parameter in group["params"]]
         # Of these alone: the discriminator passes the generator's gradients on, at two thirds of the cost of its own.
-        self.scaler.scale(loss).backward(inputs=trained)
+        torch.autograd.backward(tensors, gradients, inputs=trained)
         parallel.average(parameter.grad for parameter in trained if parameter.grad is not None)
         self.scaler.step(optimizer)
         self.scaler.update()

@@ -1,5 +1,6 @@
 """The GAN loop: resuming to the bit, the best checkpoint, and stopping in good order when something goes wrong."""
 
+import copy
 import json
 import os
 import shutil
@@ -19,14 +20,15 @@ from safetensors import SafetensorError
 from stgan_utils import checkpoints, iteration, trainer
 from stgan_utils import device as devices
 from stgan_utils.config import Stage1Settings, Stage2Settings, UserError
-from stgan_utils.fastgan import Discriminator, Generator
+from stgan_utils.fastgan import Discriminator, Generator, quadrant_of, small_view
+from stgan_utils.losses import hinge_d_loss
 from stgan_utils.runs import Unfinished
 from stgan_utils.trainer import GanTrainer
 
 ROOT = Path(__file__).resolve().parents[1]
 RARE = {"sample_every": 1000, "evaluate_every": 1000, "quality_images": 2}
 TINY = {"size": 64, "ngf": 8, "nz": 32, "batch_size": 3, **RARE}
-STAGE1 = Stage1Settings(iterations=12, checkpoint_every=3, reconstruct_every=2, **TINY)
+STAGE1 = Stage1Settings(iterations=12, checkpoint_every=3, training_step="light", **TINY)
 STAGE2 = Stage2Settings(
     iterations=6, checkpoint_every=2, lesion="DF", freeze_blocks=2, bt_ramp=4, noise_decay=5, seed=1, **TINY
 )
@@ -247,18 +249,54 @@ def test_no_layer_changes_the_layout_of_a_step(tmp_path, whole):
     assert len(seen) > 100 and all(features.is_contiguous() for features in seen)
 
 
-def test_seldom_reconstruction_weighs_as_much_more(tmp_path):
-    def gradients(every, steps):
-        gan = GanTrainer(replace(STAGE1, reconstruct_every=every), IMAGES, tmp_path)
-        losses = [gan.step() for _ in range(steps)]
-        return losses, [p.grad for p in gan.discriminator.decoder_part.parameters()]
+@pytest.mark.parametrize("kind", ["paper", "light"])
+def test_gradients_are_those_of_plain_code(tmp_path, kind):
+    """In a light step both networks' are those from where both stand; in the paper's, the discriminator has stepped."""
+    gan = GanTrainer(replace(STAGE1, training_step=kind, augment=""), IMAGES, tmp_path)
+    generator, discriminator = copy.deepcopy((gan.generator, gan.discriminator))
+    state = torch.get_rng_state()
+    losses = gan.step()
 
-    (_, once), (_, thrice) = gradients(1, 1), gradients(3, 1)
-    for one, three in zip(once, thrice, strict=True):
-        torch.testing.assert_close(three, 3 * one)
-    losses, none = gradients(3, 3)
-    assert ["reconstruction" in found for found in losses] == [True, False, False]
-    assert set(none) == {None}  # the optimiser leaves such weights alone
+    torch.set_rng_state(state)
+    quadrant = int(torch.randint(4, ()))
+    real = gan._batch()
+    fake = generator(torch.randn(3, 32), with_small=True)
+    judged_fake = discriminator(*fake)
+    if kind == "light":
+        (-judged_fake.logits.mean()).backward(retain_graph=True)
+    discriminator.zero_grad()
+    judged = discriminator(real, small_view(real))
+    hinge = sum(hinge_d_loss(judged.logits, judged_fake.logits))
+    rebuilt = discriminator.reconstruct(judged, quadrant)
+    targets = real, real, quadrant_of(real, torch.tensor([quadrant])).repeat_interleave(2, 2).repeat_interleave(2, 3)
+    distances = [(pictures - target).abs().mean() for pictures, target in zip(rebuilt, targets, strict=True)]
+    total = hinge + (3 * distances[0] if kind == "light" else sum(distances))
+    wanted = torch.autograd.grad(total, list(discriminator.parameters()), allow_unused=True)
+    torch.testing.assert_close(losses["reconstruction"], total - hinge)
+    if kind == "paper":
+        discriminator.load_state_dict(gan.discriminator.state_dict() | _vectors(discriminator))
+        (-discriminator(*fake).logits.mean()).backward()
+
+    for parameter, gradient in zip(gan.discriminator.parameters(), wanted, strict=True):
+        assert (parameter.grad is None) == (gradient is None)
+        if gradient is not None:
+            torch.testing.assert_close(parameter.grad, gradient, rtol=1e-3, atol=1e-6)
+    for ours, theirs in zip(gan.generator.parameters(), generator.parameters(), strict=True):
+        torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-3, atol=1e-7)
+
+
+def _vectors(module):
+    """The states of a module's spectral norm."""
+    return {name: tensor for name, tensor in module.state_dict().items() if name.endswith(("_u", "_v"))}
+
+
+def test_in_light_steps_decoders_take_turns(tmp_path):
+    gan = GanTrainer(STAGE1, IMAGES, tmp_path)
+    decoders = [getattr(gan.discriminator, f"decoder_{name}") for name in ("big", "small", "part")]
+    for turn in (0, 1, 2, 0):
+        gan.step()
+        learns = [any(p.grad is not None for p in decoder.parameters()) for decoder in decoders]
+        assert learns == [index == turn for index in range(3)]
 
 
 def test_average_is_the_plain_loop(tmp_path):
