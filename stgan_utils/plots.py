@@ -112,9 +112,8 @@ def loss_history(history, columns, title="Losses", x="iteration"):
     fig = Figure(figsize=(3.2 * min(3, len(columns)), 2.3 * -(-len(columns) // 3)), layout="constrained")
     axes = fig.subplots(-(-len(columns) // 3), min(3, len(columns)), squeeze=False).ravel()
     for ax, column, colour in zip(axes, columns, np.resize(COLOURS, len(columns)), strict=False):
-        there = history.dropna(subset=column)  # a loss may be none of every iteration's
         # Dots where they can be told apart: a line through the one epoch of a short run would show nothing.
-        ax.plot(there[x], there[column], "o-" if len(there) <= 20 else "-", color=colour, lw=1.2, ms=3)
+        ax.plot(history[x], history[column], "o-" if len(history) <= 20 else "-", color=colour, lw=1.2, ms=3)
         ax.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
         ax.set_title(column.replace("_", " "), fontsize=9)
         ax.set_xlabel(x, fontsize=8)

@@ -110,10 +110,7 @@ class GanTrainer(Iteration):
         return pd.DataFrame(self.history), pd.DataFrame(self.quality)
 
     def _log(self, pending, bar):
-        names = dict.fromkeys(name for losses in pending for name in losses)  # not each iteration has each of them
-        means = {
-            name: torch.stack([losses[name].detach() for losses in pending if name in losses]).mean() for name in names
-        }
+        means = {name: torch.stack([losses[name].detach() for losses in pending]).mean() for name in pending[0]}
         parallel.average(means.values())  # of the whole batch: what is not a number is none in any process
         mean = {name: float(value) for name, value in means.items()}
         broken = [f"loss {name}" for name, value in mean.items() if not np.isfinite(value)]

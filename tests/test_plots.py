@@ -123,9 +123,3 @@ def test_a_history_is_seen_however_short_it_is(epochs):
     drawn = (np.asarray(canvas.buffer_rgba())[..., :3] == colour).all(-1)
     assert drawn.sum() > 4
     assert all(float(tick).is_integer() for tick in fig.axes[0].get_xticks())
-
-
-def test_a_loss_that_some_rows_lack_is_one_line_through_the_others():
-    history = pd.DataFrame({"iteration": [10, 20, 30, 40], "reconstruction": [3.0, np.nan, 2.0, np.nan]})
-    (line,) = plots.loss_history(history, ["reconstruction"]).axes[0].lines
-    assert line.get_xdata().tolist() == [10, 30] and line.get_ydata().tolist() == [3.0, 2.0]
