@@ -72,7 +72,7 @@ class Stage1Settings:
     ema_decay: float = 0.999
     # Needs no pretrained weights. To real images "mobilenet", which does, comes far nearer (`benchmarks/quality.py`).
     perceptual: str = "l1"
-    # "light" is a quarter faster: the three decoders take turns, each then weighing three times, and the discriminator
+    # "light" is a fifth faster: the three decoders take turns, each then weighing three times, and the discriminator
     # judges generated images once for both networks, which step from where both stand (`benchmarks/RESULTS.md`).
     training_step: str = "paper"
     augment: str = "color,translation"

@@ -165,8 +165,8 @@ class Iteration:
     def _generator_step(self, fake, seen, logits):
         loss = hinge_g_loss(logits)
         # What the discriminator has computed of them is needed once more where its own step follows.
-        gradients = torch.autograd.grad(self.scaler.scale(loss), seen, retain_graph=self.light)
-        self._descend(self.optimizer_g, fake, gradients)
+        self.scaler.scale(loss).backward(inputs=seen, retain_graph=self.light)
+        self._descend(self.optimizer_g, fake, [view.grad for view in seen])
         return {"g": loss}
 
     def _judge(self, images, small):
