@@ -73,7 +73,8 @@ class Stage1Settings:
     # Needs no pretrained weights. To real images "mobilenet", which does, comes far nearer (`benchmarks/quality.py`).
     perceptual: str = "l1"
     # "light" is a fifth faster: the three decoders take turns, each then weighing three times, and the discriminator
-    # judges generated images once for both networks, which step from where both stand (`benchmarks/RESULTS.md`).
+    # judges generated images once for both networks, which step from where both stand. It seems to cost quality
+    # (`benchmarks/RESULTS.md`).
     training_step: str = "paper"
     augment: str = "color,translation"
     checkpoint_every: int = 250

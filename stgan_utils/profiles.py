@@ -8,7 +8,6 @@ PROFILES = {
         "classifier": {"size": 64, "epochs": 1, "bootstrap": 100},
         "stage1": {
             "ngf": 8,
-            "training_step": "light",
             "iterations": 8,
             "checkpoint_every": 4,
             "sample_every": 4,
@@ -17,7 +16,6 @@ PROFILES = {
         },
         "stage2": {
             "ngf": 8,
-            "training_step": "light",
             "batch_size": 4,
             "iterations": 4,
             "checkpoint_every": 2,
@@ -35,7 +33,6 @@ PROFILES = {
         "classifier": {"size": 64, "epochs": 6},
         "stage1": {
             "ngf": 16,
-            "training_step": "light",
             "iterations": 240,
             "checkpoint_every": 80,
             "sample_every": 80,
@@ -44,7 +41,6 @@ PROFILES = {
         },
         "stage2": {
             "ngf": 16,
-            "training_step": "light",
             "iterations": 40,
             "bt_ramp": 10,
             "noise_decay": 20,
@@ -64,7 +60,6 @@ PROFILES = {
             "ngf": 16,
             "iterations": 3000,
             "perceptual": "mobilenet",
-            "training_step": "light",
             "checkpoint_every": 250,
             "sample_every": 250,
             "evaluate_every": 500,
@@ -76,7 +71,6 @@ PROFILES = {
             "learning_rate": 1e-4,
             "bt_ramp": 50,
             "perceptual": "mobilenet",
-            "training_step": "light",
             "checkpoint_every": 50,
             "sample_every": 50,
             "evaluate_every": 50,
