@@ -225,7 +225,7 @@ def side_by_side(args):
 def growth(args):
     """Markdown table of our step at each size in `args.growth`."""
     lines = [
-        f"How the light step ({args.perceptual}) grows with the size (operations: additions and multiplications of",
+        f"How the paper's step ({args.perceptual}) grows with the size (operations: additions and multiplications of",
         "convolutions and matrix products, as torch counts them):",
         "",
         "| size | seconds a step | against the size before | images/s | 10⁹ operations | 10⁹ a second | peak memory |",
@@ -233,7 +233,7 @@ def growth(args):
     ]
     last = None
     for size in args.growth:
-        sized = argparse.Namespace(**{**vars(args), "size": size})
+        sized = argparse.Namespace(**{**vars(args), "size": size, "training_step": "paper"})
         [(operations, taken, peak)], _ = take_turns([("ours", sized)], args.repeats)
         seconds = median(taken)
         times = f"{seconds / last:.2f}×" if last else ""
