@@ -15,6 +15,7 @@ import stgan_utils  # noqa: E402
 from stgan_utils.lesions import MINORITY  # noqa: E402
 
 SETUP = """\
+# @title Setup: run this cell first
 # The package: of this checkout, installed, of a Kaggle data set, or fetched now. The torch that is here stays.
 import subprocess
 import sys
@@ -38,6 +39,8 @@ if not all(map(find_spec, ("stgan_utils", "imagehash", "lpips", "torch_fidelity"
         )
 """
 SETUP = SETUP.format(repository=stgan_utils.REPOSITORY, version=stgan_utils.__version__).rstrip("\n")
+# No reader came for it: folded in Jupyter, Kaggle and Colab.
+FOLDED = {"jupyter": {"source_hidden": True}, "_kg_hide-input": True, "cellView": "form"}
 BADGES = (
     ("Colab", "https://colab.research.google.com/github/", "https://colab.research.google.com/assets/colab-badge.svg"),
     (
@@ -67,6 +70,7 @@ def render(text, name):
     top["source"] = [badges(name) + "\n", "\n", *lines]
     setup = next(cell for cell in notebook["cells"] if cell["cell_type"] == "code")
     setup["source"] = SETUP.splitlines(keepends=True)
+    setup["metadata"] = FOLDED
     return json.dumps(notebook, indent=1, ensure_ascii=False) + "\n"
 
 

@@ -76,7 +76,8 @@ def _train(settings, real, start, distance, folder):
     gan = GanTrainer(
         settings, real, folder, start=(checkpoints.load_generator(start), checkpoints.load_discriminator(start))
     )
-    gan.evaluate = lambda made: distance(made) | asked(gan.discriminator, real, made, settings.augment)
+    discriminator = gan.discriminator  # the trainer itself, held by its own function, would stay in memory
+    gan.evaluate = lambda made: distance(made) | asked(discriminator, real, made, settings.augment)
     return gan.run()[1]
 
 

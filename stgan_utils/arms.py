@@ -1,8 +1,8 @@
 """The experiment: what makes the classifier better on real lesions, and do generated images?
 
 An arm is one recipe. It differs from the one that it stands beside in one thing, takes the same number of optimiser
-steps, chooses its epoch by the same real validation lesions, and is trained with several seeds. The test split is read
-when the table is made, once every arm is there.
+steps, chooses its epoch by the same real validation lesions, and is trained with several seeds. What it answers for the
+test lesions is written down when it is trained, and compared with the truth when the table is made.
 """
 
 import math
@@ -13,9 +13,10 @@ from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
+from filelock import FileLock
 from sklearn.model_selection import StratifiedGroupKFold
 
-from stgan_utils import data, device, finetune, runs
+from stgan_utils import data, device, finetune, generation, runs
 from stgan_utils.classifier import Classifier
 from stgan_utils.config import ClassifierSettings, UserError
 from stgan_utils.engine import Task
@@ -124,7 +125,7 @@ def train(name, run_dir, seed):
     real = real_table(run_dir)
     before = train(arm.after, run_dir, seed) if arm.after else None
     settings = _settings(arm, seed, before, epoch_images=int((real["split"] == "train").sum()))
-    inputs = runs.fingerprints(run_dir, _steps(arm))
+    inputs = made_of(name, run_dir)
     folder = run_dir / _folder(name, seed)
     if (folder / "result.json").exists():
         done = read_json(folder / "result.json")
@@ -213,7 +214,10 @@ def teach(run_dir):
     for part, (kept, _) in enumerate(parts):
         settings = _settings(_arm(FIRST_PHASE), part, None, views=2)
         folder = run_dir / "arms" / "teachers" / f"part{part}"
-        finetune.train(settings, data.image_cache(real, settings.size), real["label"], train_rows[kept], None, folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        with FileLock(folder / ".lock"):  # several seeds may ask for them side by side
+            images = data.image_cache(real, settings.size)
+            finetune.train(settings, images, real["label"], train_rows[kept], None, folder)
         files[folder / finetune.MODEL_FILE] = real.index.isin(train_rows[kept])
     return files
 
@@ -227,10 +231,7 @@ def choose_generated(run_dir, real, arm, settings):
     """
     if not arm.synthetic:
         return real[:0]
-    require(run_dir / "04_deduplicate" / "dedup.csv", "04_deduplicate")
-    made = pd.read_csv(run_dir / "04_deduplicate" / "dedup.csv").rename(columns={"class": "label"})
-    if arm.synthetic != "raw":
-        made = made[made["kept"]]
+    made = generation.list_kept(run_dir, "raw" if arm.synthetic == "raw" else "kept")
     if arm.synthetic == "filtered":
         require(run_dir / "01_baseline" / finetune.MODEL_FILE, "01_baseline")
         baseline = Classifier.load(run_dir / "01_baseline" / finetune.MODEL_FILE).to(device.pick())
@@ -253,14 +254,15 @@ def _arm(name):
     return ARMS[name]
 
 
-def _steps(arm):
-    """The steps of the run whose outcome the arm is made of."""
+def made_of(name, run_dir):
+    """{step: its fingerprint} of those steps of the run whose outcome an arm is made of."""
+    arm = _arm(name)
     uses = {
         "00_start_here": True,
         "01_baseline": arm.synthetic == "filtered" or arm.taught == "generated",
         "04_deduplicate": bool(arm.synthetic),
     }
-    return [step for step, used in uses.items() if used]
+    return runs.fingerprints(run_dir, [step for step, used in uses.items() if used])
 
 
 def _taught(arm, run_dir, table):

@@ -209,6 +209,11 @@ class ClassifierSettings:
         for name, choices in CHOICES.items():
             value = getattr(self, name)
             _require(value in choices, f"{name} is {value!r}, it must be one of {', '.join(choices)}.")
+        _require(
+            self.sampling == "natural" or not self.logit_adjustment,
+            f"sampling is 'balanced' and logit_adjustment {self.logit_adjustment:g}: each makes up for the imbalance, "
+            "both would do it twice; set logit_adjustment = 0 or sampling = 'natural'.",
+        )
 
     @property
     def width(self):

@@ -21,6 +21,9 @@ from stgan_utils.lesions import CLASSES
 
 SPLITS = ("train", "val", "test")
 FRACTIONS = (0.70, 0.15, 0.15)
+NO_LESION_IDS = (
+    "does not say which images show the same lesion: some may be in two splits, which flatters test figures."
+)
 PHANTOM = (DataSettings.phantom_images, DataSettings.phantom_size, DataSettings.seed)
 
 
@@ -39,7 +42,8 @@ def load_dataset(source, on_bad="error", bad_csv=None, phantom=PHANTOM):
 
     Columns: `image_id, lesion_id, label` (one of `CLASSES`), `path` (str, absolute) and, where the layout has them,
     `age, sex, localization, dx_type, dataset, synthetic` (True: made by a GAN). Every image has been decoded once.
-    Where a layout has no lesion ids, identical files count as one lesion, and every other image as its own.
+    Where a layout has no lesion ids, identical files count as one lesion, and every other image as its own: a warning
+    says so (`has_lesion_ids`).
 
     Args:
         source: "phantom", or a folder (or the one file that describes the dataset) in a layout of `layouts.py`.
@@ -56,7 +60,7 @@ def load_dataset(source, on_bad="error", bad_csv=None, phantom=PHANTOM):
     if on_bad == "error" and len(bad):
         raise UserError(
             f"{source}: {len(bad)} image(s) cannot be used: {'; '.join(_by_problem(bad))}. "
-            "Mend them, or leave them out with on_bad='skip'."
+            "`data check` lists them all. Mend them, or leave them out with on_bad='skip'."
         )
     if on_bad == "skip":
         bad_csv = Path(bad_csv or "bad_images.csv")
@@ -68,7 +72,15 @@ def load_dataset(source, on_bad="error", bad_csv=None, phantom=PHANTOM):
             )
     if not len(table):
         raise UserError(f"{source} holds no image that can be used; check that the images lie below this folder.")
+    if not has_lesion_ids(table):
+        warnings.warn(f"{source} {NO_LESION_IDS}", stacklevel=2)
     return table
+
+
+def has_lesion_ids(table):
+    """Whether the layout said which images show the same lesion; where it did not, each stands for its own."""
+    first = table.groupby("lesion_id")["image_id"].transform("min")  # what a lesion without an id is called by `_read`
+    return not (table["lesion_id"] == first).all()
 
 
 def _read(source, phantom=PHANTOM):
@@ -83,10 +95,10 @@ def _read(source, phantom=PHANTOM):
             phantom_images.write_dataset(source, count, size, seed)
     layout, table = read_layout(source, cache_folder())
     layout = "the embedded dataset, drawn" if drawn else layout
-    table["label"] = [
-        str(label).strip().upper() if str(label).strip().upper() in CLASSES else str(label) for label in table["label"]
-    ]
-    facts = _file_facts(table["path"])
+    labels = [_shown(label) for label in table["label"]]
+    table["label"] = [label.strip().upper() if label.strip().upper() in CLASSES else label for label in labels]
+    named = table["path"].map(_is_unicode)  # a zip archive of Windows may unpack into names that no CSV file can hold
+    facts = _file_facts(table["path"][named])
     digest = table["path"].map(lambda path: facts.get(path, ""))
 
     # Of rows that agree on an id the first is good; where they disagree on the label none is.
@@ -97,6 +109,9 @@ def _read(source, phantom=PHANTOM):
         problem[table["synthetic"] & digest.isin(digest[~table["synthetic"]])] = "generated copy of a real image"
     problem[digest == ""] = "unreadable"
     problem[table["path"] == ""] = "missing"
+    problem[~named] = "file name is not UTF-8"
+    for column in ("image_id", "path"):
+        table[column] = table[column].where(named, table[column].map(_shown))
     problem[repeated] = "duplicate id"
     unknown = ~table["label"].isin(CLASSES)
     problem[unknown] = "unknown label " + table["label"][unknown]
@@ -109,13 +124,21 @@ def _read(source, phantom=PHANTOM):
     return layout, good, bad.sort_values(["problem", "image_id"], ignore_index=True)
 
 
+def _is_unicode(text):
+    return text == _shown(text)
+
+
+def _shown(text):
+    return str(text).encode("utf-8", "backslashreplace").decode()
+
+
 def _named(ids, most=3):
     ids = list(map(str, ids))
     return ", ".join(ids[:most]) + (f" and {len(ids) - most} more" if len(ids) > most else "")
 
 
-def _by_problem(bad):
-    return [f"{len(rows)} {problem} ({_named(rows['image_id'])})" for problem, rows in bad.groupby("problem")]
+def _by_problem(bad, most=3):
+    return [f"{len(rows)} {problem} ({_named(rows['image_id'], most)})" for problem, rows in bad.groupby("problem")]
 
 
 def _file_facts(paths):
@@ -148,6 +171,7 @@ def _digest(path):
         content = Path(path).read_bytes()
         with Image.open(io.BytesIO(content)) as image:
             image.draft("RGB", (1, 1))  # JPEG: every byte is read, few pixels are made
+            _check_mode(image)
             image.load()
     except Exception:  # Pillow's decoders fail in many ways; to us they are one
         return ""
@@ -220,6 +244,13 @@ def save_table(table, path):
         assert_disjoint(table).to_csv(temporary, index=False)
 
 
+def content(table):
+    """SHA-256 of what a table with splits says and of its image files, wherever they lie."""
+    facts = _file_facts(table["path"])
+    known = table.drop(columns="path").assign(file=table["path"].map(facts))
+    return hashlib.sha256(known.to_csv(index=False).encode()).hexdigest()
+
+
 def read_table(path):
     """A table that `save_table` wrote, its split checked again.
 
@@ -279,8 +310,14 @@ def load_images(paths, size):
     return np.stack([np.frombuffer(_decode(path, size), np.uint8).reshape(size, size, 3) for path in paths])
 
 
+def _check_mode(image):
+    if image.mode == "F":
+        raise ValueError("floating-point pixels, whose range nobody knows")  # converted, 0 … 1 would all be black
+
+
 def _decode(path, size):
     with Image.open(path) as image:
+        _check_mode(image)
         if image.mode.startswith("I"):  # 16 bits of grey, which Pillow would cut off at 255
             image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
         return ImageOps.fit(image.convert("RGB"), (size, size), Image.Resampling.BICUBIC).tobytes()
@@ -315,10 +352,12 @@ def check(source, phantom=PHANTOM):
         counts.rename_axis(None).rename_axis(None, axis=1).to_string(),
         "",
         f"bad images: {len(bad)}",
-        *(f"  {line}" for line in _by_problem(bad)),
+        *(f"  {line}" for line in _by_problem(bad, most=len(bad))),
         f"lesions with images of two classes: {len(torn)}" + (f" ({_named(torn)})" if len(torn) else ""),
         f"identical files: {len(same)} group(s)" + (f" ({_named(map(' = '.join, same))})" if len(same) else ""),
         f"lesions with several images: {len(several)}; a random split by image would put about {torn_apart:.0f} "
-        "of them on two sides, the split by lesion none",
+        "of them on two sides, the split by lesion none"
+        if has_lesion_ids(table)
+        else f"lesions with several images: not known; this layout {NO_LESION_IDS}",
     ]
     return "\n".join(lines) + "\n"

@@ -5,7 +5,7 @@ from pathlib import Path
 import pandas as pd
 
 from stgan_utils import data, evaluation, finetune, gradcam, plots, runs
-from stgan_utils.arms import ARMS, COMPARED, REAL_ONLY, SHARES, real_table, require
+from stgan_utils.arms import ARMS, COMPARED, REAL_ONLY, SHARES, made_of, real_table, require
 from stgan_utils.classifier import Classifier
 from stgan_utils.config import UserError
 from stgan_utils.files import atomic_path, read_json, write_json
@@ -25,8 +25,8 @@ def compare(run_dir, bootstrap=1000):
         that of the arm to beat).
 
     Raises:
-        UserError: no trained arm, arms with different numbers of seeds or of different test images, or none without
-            generated images.
+        UserError: no trained arm, none without generated images, arms with different numbers of seeds or of different
+            test images, or one trained before a step that it is made of was made anew.
     """
     folders = {name: sorted(Path(run_dir).glob(f"arms/{name}/seed*/result.json")) for name in COMPARED}
     folders = {name: found for name, found in folders.items() if found}
@@ -36,6 +36,12 @@ def compare(run_dir, bootstrap=1000):
     if len(set(seeds.values())) > 1:
         raise UserError(f"The arms have different numbers of seeds ({seeds}): train those that are missing.")
     results = {name: [read_json(path) for path in found] for name, found in folders.items()}
+    for name, found in results.items():
+        if any(result.get("inputs", made_of(name, run_dir)) != made_of(name, run_dir) for result in found):
+            raise UserError(
+                f"Arm {name} was trained before {' or '.join(made_of(name, run_dir))} was made anew: delete "
+                f"{Path(run_dir) / 'arms' / name} and train it again."
+            )
     answers = {name: [_test_answers(path.parent) for path in found] for name, found in folders.items()}
     val = {
         name: sum(r["validation"]["balanced_accuracy"] for r in found) / len(found) for name, found in results.items()
@@ -127,7 +133,9 @@ def judge(name, run_dir, bootstrap=1000):
     with atomic_path(folder / "subgroups.csv") as temporary:
         groups.to_csv(temporary, index=False)
     with atomic_path(folder / "README.md") as temporary:
-        temporary.write_text(_page(name, found, groups, figures), encoding="utf-8")
+        page = _page(name, found, groups, figures)
+        page = runs.drawn(page) if runs.PHANTOM_NAME in _data_name(run_dir) else page
+        temporary.write_text(page, encoding="utf-8")
     return folder / "README.md"
 
 
@@ -138,6 +146,11 @@ def _page(name, found, groups, figures):
         return "{value:.3f} ({low:.3f} … {high:.3f})".format(**interval)
 
     lines = [f"# {ARMS[name].text}: {found['images']:,} real test images of {found['lesions']:,} lesions", ""]
+    lines += [
+        "Not a medical device: no answer of a classifier is a diagnosis. These figures are those of the network",
+        "trained on the train split only.",
+        "",
+    ]
     lines += ["| figure | value, 95 % interval over lesions |", "|---|---|"]
     lines += [f"| {figure.replace('_', ' ')} | {cell(interval)} |" for figure, interval in found["metrics"].items()]
     lines += ["", "| class | images | recall | precision | AUC |", "|---|---|---|---|---|"]
@@ -174,5 +187,5 @@ def _data_name(run_dir):
 
 
 def _test_answers(folder):
-    answers = pd.read_csv(folder / "predictions.csv")
+    answers = pd.read_csv(folder / "predictions.csv", dtype={"image_id": str, "lesion_id": str})
     return answers[answers["split"] == "test"].reset_index(drop=True)

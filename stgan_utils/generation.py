@@ -14,7 +14,8 @@ from stgan_utils import checkpoints
 from stgan_utils import device as devices
 from stgan_utils.config import UserError
 from stgan_utils.files import atomic_path, sha256
-from stgan_utils.layouts import IMAGE_SUFFIXES, is_image, whole_folder
+from stgan_utils.layouts import IMAGE_SUFFIXES, images_below, whole_folder
+from stgan_utils.lesions import CLASSES
 
 BATCH = 16  # larger ones fall out of a CPU's caches and gain a GPU little
 GRID = 64  # images on a grid at most
@@ -213,7 +214,7 @@ def list_synthetic(run_dir):
     """What Stage 2 has made in a run folder: DataFrame `class`, `path`, sorted by path.
 
     Raises:
-        UserError: nothing yet.
+        UserError: nothing yet, or nothing to make.
     """
     tables = [
         pd.read_csv(file).assign(path=lambda rows, file=file: [str(file.parent / name) for name in rows["file"]])
@@ -221,7 +222,35 @@ def list_synthetic(run_dir):
     ]
     if not tables:
         raise UserError(f"There are no generated images in {run_dir}: run notebooks/03_stage2_*.ipynb first.")
-    return pd.concat(tables)[["class", "path"]].sort_values("path", ignore_index=True)
+    made = pd.concat(tables)[["class", "path"]].sort_values("path", ignore_index=True)
+    if not len(made):
+        raise UserError(f"No class in {run_dir} lacks images to be as large as the largest: set generate for step 03.")
+    return made
+
+
+def list_kept(run_dir, which="kept"):
+    """What step 04 left of the generated images: DataFrame `label`, `path`, in the order of its table.
+
+    Args:
+        which: "kept" by its thresholds, "auto" by those that spare real lesions, "raw" for all images.
+
+    Raises:
+        UserError: step 04 has not run, or knew no real lesions ("auto"), or its images are of no class of ours.
+    """
+    file = Path(run_dir) / "04_deduplicate" / "dedup.csv"
+    if not file.exists():
+        raise UserError(f"{file} is missing: run step 04_deduplicate first.")
+    made = pd.read_csv(file).rename(columns={"class": "label"})
+    made["label"] = made["label"].str.upper()
+    if unknown := sorted(set(made["label"]) - set(CLASSES)):
+        raise UserError(
+            f"{file} has images of class {', '.join(unknown)}: put them into folders named {', '.join(CLASSES)} "
+            "and run step 04 again."
+        )
+    column = {"kept": "kept", "auto": "kept_auto", "raw": None}[which]
+    if column and column not in made:
+        raise UserError(f"{file} was made without real lesions, so nothing is known of sparing thresholds: use 'kept'.")
+    return (made[made[column]] if column else made)[["label", "path"]]
 
 
 def list_images(folder):
@@ -233,7 +262,7 @@ def list_images(folder):
     folder = Path(folder).expanduser().resolve()
     if not folder.is_dir():
         raise UserError(f"There is no folder {folder}.")
-    paths = sorted(path for path in folder.rglob("*") if is_image(path.relative_to(folder)))
+    paths = images_below(folder)
     if not paths:
         raise UserError(f"There is no image ({', '.join(IMAGE_SUFFIXES)}) in {folder}.")
     rows = [(path.parent.name if path.parent != folder else "all", str(path)) for path in paths]

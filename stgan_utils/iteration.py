@@ -1,5 +1,6 @@
 """One iteration of a GAN training: a batch, the discriminator's step, the generator's, the average of its weights."""
 
+import weakref
 from functools import partial
 
 import numpy as np
@@ -97,7 +98,8 @@ class Iteration:
         self._mixed, self._copied = self._averaged()
         self.light = s.training_step == "light"
         turns = [(decoder,) for decoder in DECODERS] if self.light else [DECODERS]
-        self._turns = [partial(self._iterate, decoders) for decoders in turns]
+        # No reference to itself: the networks leave the GPU's memory as soon as nobody needs them.
+        self._turns = [partial(type(self)._iterate, weakref.proxy(self), decoders) for decoders in turns]
         if self.recorded:
             pool = torch.cuda.graph_pool_handle()  # recordings have no need of memory at the same time
             self._turns = [Replayed(turn, pool) for turn in self._turns]

@@ -332,7 +332,7 @@ def _settle(made, run_dir, step, run_dir_there, data):
         if path.exists():
             values = {**files.read_json(path), "data": data, "inputs": inputs}
             if "fingerprint" in values:
-                values["fingerprint"] = runs.fingerprint(step, values["settings"], data, inputs)
+                values["fingerprint"] = runs.fingerprint(step, values["settings"], data, inputs, values.get("content"))
             files.write_json(path, values)
 
 
@@ -347,7 +347,7 @@ def _fingerprint(run_dir, step, data):
     """The fingerprint of a step that is done here, had its data lain at `data`."""
     made = runs.result(run_dir, step)
     inputs = {name: _fingerprint(run_dir, name, data) for name in made["inputs"]}
-    return runs.fingerprint(step, made["settings"], data, inputs)
+    return runs.fingerprint(step, made["settings"], data, inputs, made.get("content"))
 
 
 def _ask(kernel, call, *arguments, **options):

@@ -117,20 +117,27 @@ def is_image(path):
 
     Hidden files and the doubles that macOS puts into archives are none, nor is what a killed program half wrote.
     """
-    hidden = any(part.startswith((".", "__MACOSX")) for part in path.parts)
-    return path.suffix.lower() in IMAGE_SUFFIXES and not hidden
+    return path.suffix.lower() in IMAGE_SUFFIXES and not _is_hidden(path)
 
 
-def _images_below(folder):
-    paths = (Path(parent, name) for parent, _, names in os.walk(folder, followlinks=True) for name in names)
-    return [path for path in paths if is_image(path.relative_to(folder))]
+def _is_hidden(path):
+    return any(part.startswith((".", "__MACOSX")) for part in path.parts)
+
+
+def images_below(folder):
+    """Paths of all images below a folder, linked folders too, sorted."""
+    return sorted(path for path in _files_below(folder) if is_image(path.relative_to(folder)))
+
+
+def _files_below(folder):
+    return (Path(parent, name) for parent, _, names in os.walk(folder, followlinks=True) for name in names)
 
 
 def _find_images(ids, folder):
     """Path of each id's image, "" where there is none. Kaggle has every image twice: the first path by name counts,
     and before other formats, which may be masks, a JPEG."""
     paths, jpeg = {}, (".jpg", ".jpeg")
-    for path in sorted(_images_below(folder), key=lambda path: (path.suffix.lower() not in jpeg, str(path))):
+    for path in sorted(images_below(folder), key=lambda path: (path.suffix.lower() not in jpeg, str(path))):
         paths.setdefault(path.stem, str(path))
     return [paths.get(each, "") for each in ids]
 
@@ -140,7 +147,8 @@ def _read_text(file, *columns):
     try:
         with open(file, encoding="utf-8-sig") as text:
             separator = "\t" if "\t" in text.readline() else ","
-        frame = pd.read_csv(file, sep=separator, encoding="utf-8-sig")
+        names = dict.fromkeys(("image_id", "lesion_id", "image", "filename"), str)  # 0001 is no number
+        frame = pd.read_csv(file, sep=separator, encoding="utf-8-sig", dtype=names)
     except (UnicodeDecodeError, pd.errors.EmptyDataError, pd.errors.ParserError) as error:
         raise UserError(f"{file} is not a readable table ({error}); download it again.") from None
     if missing := [column for column in columns if column not in frame]:
@@ -153,7 +161,10 @@ def _labels_of_one_hot(frame, file):
     named = {str(column).strip().upper(): column for column in frame}
     if missing := [code for code in CLASSES if code not in named]:
         raise UserError(f"{file} has no column {', '.join(missing)}; one-hot labels need a column for every class.")
-    hot = frame[[named[code] for code in CLASSES]].to_numpy(float) == 1
+    try:
+        hot = frame[[named[code] for code in CLASSES]].to_numpy(float) == 1
+    except ValueError as error:
+        raise UserError(f"{file} has one-hot labels that are not numbers ({error}); they must be 0 or 1.") from None
     codes = np.array(CLASSES)
     return ["+".join(codes[row]) or "no class" for row in hot]
 
@@ -176,8 +187,11 @@ def _read_isic(file, folder, cache):
     frame = _read_text(file, "image")
     ids = _stems(frame["image"])
     table = pd.DataFrame({"image_id": ids, "label": _labels_of_one_hot(frame, file), "path": _find_images(ids, folder)})
-    if groupings := sorted(folder.rglob("*LesionGroupings*.csv")):
-        lesions = pd.concat([_read_text(each, "image", "lesion_id") for each in groupings]).drop_duplicates("image")
+    groupings = [path for path in folder.rglob("*LesionGroupings*.csv") if not _is_hidden(path.relative_to(folder))]
+    if groupings:
+        lesions = pd.concat([_read_text(each, "image", "lesion_id") for each in sorted(groupings)]).drop_duplicates(
+            "image"
+        )
         lesions = lesions.rename(columns={"image": "image_id", "diagnosis_confirm_type": "dx_type"})
         table = table.merge(lesions, on="image_id", how="left")
     return table
@@ -232,7 +246,7 @@ def _read_class_folders(parent, folder, cache):
         (str(path.relative_to(parent).with_suffix("")), below.name, str(path))
         for below in sorted(parent.iterdir())
         if below.is_dir() and not below.name.startswith(".")
-        for path in sorted(_images_below(below))
+        for path in images_below(below)
     ]
     return pd.DataFrame(rows, columns=["image_id", "label", "path"])
 

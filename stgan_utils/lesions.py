@@ -64,7 +64,7 @@ LESIONS = {
             "mel",
             "melanoma",
             "#D55E00",
-            "The dangerous one: it spreads early, and it is curable when it is cut out early.",
+            "The dangerous one: it spreads early, and it is usually curable if excised early.",
             "asymmetry in colour and structure, an atypical network, irregular streaks, dots and globules, a "
             "blue-white veil, several colours, a ragged border",
         ),

@@ -150,8 +150,7 @@ def run_step(step, parameters):
     with files.atomic_path(executed) as temporary, _stderr_kept() as said:
         try:
             papermill.execute_notebook(
-                str(step.notebook),
-                str(temporary),
+                *(str(path).replace("{", "{{").replace("}", "}}") for path in (step.notebook, temporary)),
                 parameters,
                 kernel_name="python3",
                 progress_bar=False,

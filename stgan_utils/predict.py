@@ -17,7 +17,7 @@ from tqdm.auto import tqdm
 from stgan_utils import data, device
 from stgan_utils.config import UserError
 from stgan_utils.files import atomic_path
-from stgan_utils.layouts import IMAGE_SUFFIXES, is_image
+from stgan_utils.layouts import IMAGE_SUFFIXES, images_below, is_image
 
 # Columns of the submission format, after `image`.
 ISIC_ORDER = ("MEL", "NV", "BCC", "AKIEC", "BKL", "DF", "VASC")
@@ -92,8 +92,7 @@ def _open_source(source):
     """({image id: name}, function that opens a name) of a folder, an archive or one file."""
     source = Path(source)
     if source.is_dir():
-        found = [path for path in source.rglob("*") if path.is_file()]
-        yield _by_id(source, [path for path in found if is_image(path.relative_to(source))]), str
+        yield _by_id(source, images_below(source)), str
     elif zipfile.is_zipfile(source):
         with _open_archive(source) as archive:
             names = [info.filename for info in archive.infolist() if not info.is_dir()]

@@ -56,10 +56,35 @@ def identify(data):
     return str(path)
 
 
-def fingerprint(step, settings, data, inputs):
-    """16 hex digits that are equal exactly when step, settings, data and the earlier steps' fingerprints are."""
-    canonical = json.dumps([step, _compared(settings), data, inputs], sort_keys=True, ensure_ascii=False)
+def fingerprint(step, settings, data, inputs, content=None):
+    """16 hex digits that are equal exactly when step, settings, data, the earlier steps' fingerprints and content are.
+
+    Args:
+        content: what a finished step made, or read in the dataset: later steps rest on that, and not on the settings
+            alone that it was made with.
+    """
+    canonical = json.dumps([step, _compared(settings), data, inputs, content], sort_keys=True, ensure_ascii=False)
     return hashlib.sha256(canonical.encode()).hexdigest()[:16]
+
+
+def listing(data):
+    """A digest of the names and sizes of a dataset's files: another one, and step 00 has to look again.
+
+    Neither hidden files nor run folders that lie in the dataset's count. Of a dataset named by a file, the files beside
+    it and below.
+    """
+    if data == PHANTOM:
+        return PHANTOM
+    folder = Path(data) if Path(data).is_dir() else Path(data).parent
+    found = []
+    for parent, folders, names in os.walk(folder, followlinks=True):
+        if START in folders:
+            folders.clear()
+            continue
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        there = [Path(parent, name) for name in names if not name.startswith(".")]
+        found += [[str(file.relative_to(folder)), file.stat().st_size] for file in there if file.exists()]
+    return hashlib.sha256(json.dumps(sorted(found)).encode()).hexdigest()[:16]
 
 
 def result(run_dir, step):
@@ -73,8 +98,10 @@ def is_done(run_dir, step, settings, data):
     stored = result(run_dir, step)
     if stored is None:
         return False
+    if step == START and stored.get("listing") != listing(data):
+        return False
     inputs = fingerprints(run_dir, stored["inputs"])
-    return stored["fingerprint"] == fingerprint(step, settings, data, inputs)
+    return stored["fingerprint"] == fingerprint(step, settings, data, inputs, stored.get("content"))
 
 
 def check_folder(run_dir, step, settings, data, inputs=None):
@@ -244,29 +271,29 @@ class OpenStep:
         return f"generated: released weights {', '.join(released)}" if released else None
 
     def figure(self, fig, name, caption, data_name=None):
-        """Saves a matplotlib Figure as `figures/<name>.png`, as `save_figure` does, and shows it.
+        """Saves a matplotlib Figure as `figures/<name>.png`, as `save_figure` does, and shows it above its caption.
 
         Args:
             data_name: what it was drawn from, where that is not this run's data alone.
         """
-        from IPython.display import Image, display
+        from IPython.display import Image, Markdown, display
 
         source = data_name or self.data_name
         path = self.folder / "figures" / f"{name}.png"
         save_figure(fig, path, source)
         caption = drawn(caption) if PHANTOM_NAME in source else caption
         self.figures.append({"file": str(path.relative_to(self.folder)), "caption": caption})
-        display(Image(filename=str(path)))
+        display(Image(filename=str(path)), Markdown(f"*{caption}*"))
 
     def table(self, table, title):
-        """Remembers a DataFrame for the report, its index too where that has a name, and shows it.
+        """Remembers a DataFrame for the report, its index too where that has a name, and shows it below its title.
 
         The title calls phantom images what they are, as in `figure`.
         """
-        from IPython.display import display
+        from IPython.display import Markdown, display
 
         title = drawn(title) if self.data == PHANTOM else title
-        display(table)
+        display(Markdown(f"**{title}**"), table)
         flat = table.reset_index() if table.index.names != [None] else table
         rows = [list(row) for row in flat.itertuples(index=False, name=None)]
         self.tables.append({"title": title, "columns": [str(name) for name in flat.columns], "rows": rows})
@@ -278,16 +305,23 @@ class OpenStep:
         name = os.path.relpath(path, self.folder) if path.is_relative_to(self.run_dir) else path
         self.models.append({"file": Path(name).as_posix(), "origin": origin, "sha256": files.sha256(path)})
 
-    def finish(self, numbers, learnt):
+    def finish(self, numbers, learnt, content=None):
         """Writes `result.json`: from now on the step counts as done.
+
+        A finished step that is gone through again, and finds all of it there, keeps the time that it took.
 
         Args:
             numbers: what was measured, a mapping of anything JSON can hold and NumPy's own numbers; NaN becomes null.
             learnt: one sentence for the report; it calls phantom images what they are, as in `figure`.
+            content: a digest of what later steps take from this one besides its models, whose checksums count anyway.
 
         Returns:
             What was written, as a dict.
         """
+        content = [content, *(model["sha256"] for model in self.models)]
+        mark = fingerprint(self.step, self.settings, self.data, self.inputs, content)
+        before = result(self.run_dir, self.step) or {}
+        spent = before["seconds"] if before.get("fingerprint") == mark else 0
         values = _plain(
             {
                 "step": self.step,
@@ -296,11 +330,13 @@ class OpenStep:
                 "data_name": self.data_name,
                 "profile": self.profile,
                 "seed": getattr(self.settings, "seed", None),
-                "seconds": round(time.monotonic() - self._started, 1),
+                "seconds": max(spent, round(time.monotonic() - self._started, 1)),
                 "device": self.device,
                 "versions": _versions(),
                 "inputs": self.inputs,
-                "fingerprint": fingerprint(self.step, self.settings, self.data, self.inputs),
+                "fingerprint": mark,
+                "content": content,
+                **({"listing": listing(self.data)} if self.step == START else {}),
                 "numbers": numbers,
                 "figures": self.figures,
                 "tables": self.tables,
@@ -309,6 +345,8 @@ class OpenStep:
             }
         )
         files.write_json(self.folder / "result.json", values)
+        if values["learnt"]:
+            print(values["learnt"])
         print(f"{self.step} · done in {values['seconds']:.0f} s · {self.folder / 'result.json'}")
         return values
 

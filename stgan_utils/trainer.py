@@ -10,6 +10,7 @@ the main one writes the files, which do not tell how many there were.
 
 import math
 import time
+import zlib
 from dataclasses import asdict
 
 import numpy as np
@@ -55,13 +56,14 @@ class GanTrainer(Iteration):
         on_sample: called with (iteration, grid (H, W, 3) uint8) whenever a grid is drawn.
 
     Raises:
-        UserError: fewer images than a batch, images of another size, a checkpoint of other settings, a batch that the
-            processes cannot share equally.
+        UserError: fewer images than a batch, images of another size, a checkpoint of other settings or images, a batch
+            that the processes cannot share equally.
     """
 
     def __init__(self, settings, images, folder, start=None, evaluate=None, on_sample=None):
         super().__init__(settings, images, start)
         self.folder, self.evaluate, self.on_sample = folder, evaluate, on_sample
+        self.images_crc = zlib.crc32(np.ascontiguousarray(images))
         self.best, self.history, self.quality = None, [], []
         if self.checkpoint.exists():
             self._resume()
@@ -201,6 +203,7 @@ class GanTrainer(Iteration):
             scaler=self.scaler.state_dict(),
             best=self.best,
             feature_space=self.feature_space,
+            images=self.images_crc,
             history=self.history,
             quality=self.quality,
         )
@@ -220,6 +223,11 @@ class GanTrainer(Iteration):
             raise UserError(
                 f"{self.checkpoint} was trained with other settings ({', '.join(differ)}): choose another run folder, "
                 "or delete that file to train anew."
+            )
+        if header.get("images", self.images_crc) != self.images_crc:
+            raise UserError(
+                f"{self.checkpoint} was trained on other images: choose another run folder, or delete that file to "
+                "train anew."
             )
         self.iteration, self.best = header["iteration"], header["best"]
         self.history, self.quality = header["history"], header["quality"]

@@ -146,15 +146,20 @@ def use_released(asset, target):
         Markdown: what is used in place of a training, in bold, with name and SHA-256 (of the file as published).
 
     Raises:
-        UserError: as `path`; or as `checkpoints.convert`.
+        UserError: as `path`; or as `checkpoints.convert`; or `target` holds a training, which is not thrown away.
     """
+    from stgan_utils import checkpoints  # torch
+
     source, known = path(asset["name"]), asset["trained_on"]
+    if target.exists() and checkpoints.read_header(target).get("kind") == "training":
+        raise UserError(
+            f"{target} holds a training of this run: go on with it by weights='train', or delete that file to take "
+            f"{asset['name']}."
+        )
     if source.suffix == ".safetensors":
         with atomic_path(target) as temporary:
             shutil.copyfile(source, temporary)
     else:
-        from stgan_utils import checkpoints  # torch
-
         checkpoints.convert(source, target)
     return (
         f"**Nothing is trained here: released weights `{asset['name']}`, SHA-256 `{sha256(source)}`.** Trained on "

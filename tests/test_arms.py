@@ -146,6 +146,11 @@ def test_arms_take_equal_steps_and_leave_the_test_split_to_the_table(run_dir):
     for name in ("arms.csv", "arms.md", "arms.png"):
         assert (run_dir / "arms" / name).stat().st_size
 
+    files.write_json(again, {"fingerprint": "another"})
+    with pytest.raises(UserError, match="Arm gan-raw was trained before 00_start_here or 04_deduplicate was made anew"):
+        findings.compare(run_dir)
+    again.unlink()
+
     arms.train("cutmix", run_dir, 0)
     with pytest.raises(UserError, match="different numbers of seeds"):
         findings.compare(run_dir)

@@ -118,6 +118,12 @@ def test_an_accuracy_share_wants_balanced_answers():
     assert resolve("classifier", "smoke", {"accuracy_share": 0.2}).accuracy_share == 0.2
 
 
+def test_imbalance_is_made_up_for_once():
+    with pytest.raises(UserError, match=r"sampling is 'balanced' and logit_adjustment 1.*twice"):
+        resolve("baseline", "smoke", {"sampling": "balanced"})
+    assert resolve("baseline", "smoke", {"sampling": "balanced", "logit_adjustment": 0}).sampling == "balanced"
+
+
 def test_unknown_profile_lists_the_known_ones():
     with pytest.raises(UserError, match=r"'fast'.*smoke, demo, real-cpu, kaggle"):
         resolve("stage1", "fast")

@@ -1,5 +1,6 @@
 """Datasets in every layout, the split by lesion, the image cache; against plain loops and made-up metadata."""
 
+import contextlib
 import itertools
 import os
 import shutil
@@ -174,11 +175,32 @@ def test_isic(tmp_path, groupings):
         lesions = pd.DataFrame({"image": ids, "lesion_id": [f"HAM_{i % 7}" for i in range(14)]})
         lesions["diagnosis_confirm_type"] = "histopathology"
         lesions.to_csv(tmp_path / "ISIC2018_Task3_Training_LesionGroupings.csv", index=False)
+        for double in (tmp_path, tmp_path / "__MACOSX"):  # what macOS puts beside it
+            double.mkdir(exist_ok=True)
+            (double / "._ISIC2018_Task3_Training_LesionGroupings.csv").write_bytes(b"\x00\x05\x16\x07\xff")
     for source in (tmp_path, truth / "ISIC2018_Task3_Training_GroundTruth.csv"):
-        table = data.load_dataset(source)
+        with contextlib.nullcontext() if groupings else pytest.warns(UserWarning, match="which images show the same"):
+            table = data.load_dataset(source)
+        assert data.has_lesion_ids(table) == groupings
         assert list(table["label"]) == [CLASSES[i % 7] for i in range(14)]
         assert table["lesion_id"].nunique() == (7 if groupings else 14)
         assert ("dx_type" in table) == groupings
+
+
+def test_one_hot_labels_that_are_words_are_refused(tmp_path):
+    frame = pd.DataFrame([["a", *(["yes"] + ["no"] * 6)]], columns=["image", *CLASSES])
+    frame.to_csv(tmp_path / "ISIC2018_Task3_Training_GroundTruth.csv", index=False)
+    with pytest.raises(UserError, match=r"not numbers .*must be 0 or 1"):
+        data.load_dataset(tmp_path)
+
+
+def test_ids_that_look_like_numbers_keep_their_zeros(tmp_path):
+    frame = pd.DataFrame({"image_id": ["0001", "0010"], "lesion_id": ["007", "008"], "dx": ["nv", "mel"]})
+    frame.to_csv(tmp_path / "HAM10000_metadata.csv", index=False)
+    for number, each in enumerate(frame["image_id"]):
+        picture(tmp_path / f"{each}.jpg", number)
+    table = data.load_dataset(tmp_path)
+    assert list(table["image_id"]) == ["0001", "0010"] and list(table["lesion_id"]) == ["007", "008"]
 
 
 def prior_set(folder, order, wrong_header=False):
@@ -298,9 +320,43 @@ def test_one_error_names_everything_and_skip_lists_it(tmp_path):
     bad = pd.read_csv(tmp_path / "bad.csv")
     assert len(bad) == 7 and list(bad.columns) == ["image_id", "label", "path", "problem"]
 
+    for number in (11, 12, 13, 14):
+        images[f"{number}"].write_bytes(b"")
     report = data.check(folder)
-    for part in ("bad images: 7", "1 missing", "2 unreadable", "3 duplicate id", "lesions with several images: "):
+    assert ", ".join(f"ISIC_{number:07d}" for number in (7, 8, 11, 12, 13, 14)) in report  # each by name
+    for part in ("bad images: 11", "1 missing", "6 unreadable", "3 duplicate id", "lesions with several images: "):
         assert part in report
+
+
+def test_without_lesion_ids_nothing_is_promised(tmp_path):
+    for number in range(28):
+        picture(tmp_path / CLASSES[number % 7] / f"{number}.jpg", number)
+    with pytest.warns(UserWarning, match="which images show the same lesion"):
+        data.load_dataset(tmp_path)
+    report = data.check(tmp_path)
+    assert "lesions with several images: not known" in report and "split by lesion none" not in report
+
+
+def test_a_name_that_is_not_utf_8_is_a_bad_image(tmp_path):
+    for number in range(4):
+        picture(tmp_path / CLASSES[number % 2] / f"{number}.jpg", number)
+    try:
+        os.rename(os.fsencode(tmp_path / CLASSES[0] / "0.jpg"), os.fsencode(tmp_path / CLASSES[0]) + b"/Bild_\x84.jpg")
+    except OSError:
+        pytest.skip("this file system wants UTF-8")
+    with pytest.raises(UserError, match=r"1 file name is not UTF-8 \(AKIEC/Bild_.*84\)"):
+        data.load_dataset(tmp_path)
+    with pytest.warns(UserWarning, match="1 image"):
+        assert len(data.load_dataset(tmp_path, "skip", tmp_path / "bad.csv")) == 3
+    assert "Bild_" in (tmp_path / "bad.csv").read_text(encoding="utf-8")
+
+
+def test_content_is_what_the_images_show_wherever_they_lie(tmp_path):
+    tables = [data.split_by_lesion(data.load_dataset(kaggle(tmp_path / place))) for place in ("a", "b")]
+    assert data.content(tables[0]) == data.content(tables[1])
+    picture(tmp_path / "b" / "HAM10000_images_part_1" / "ISIC_0000002.jpg", 99)
+    assert data.content(tables[0]) != data.content(tables[1])
+    assert data.content(tables[0]) != data.content(data.split_by_lesion(tables[0], seed=1))
 
 
 def test_check_counts_what_would_leak(tmp_path):
@@ -401,6 +457,15 @@ def test_grey_of_16_bits_keeps_its_shades(tmp_path):
         Image.fromarray(shades).save(tmp_path / name)
     images = data.load_images([tmp_path / "grey.png", tmp_path / "grey.tif"], 8)
     np.testing.assert_array_equal(images, np.stack([shades >> 8] * 3, axis=-1)[None].repeat(2, 0))
+
+
+def test_floating_point_pixels_are_refused_rather_than_black(tmp_path):
+    table = data.load_dataset(kaggle(tmp_path / "data"))
+    Image.fromarray(np.full((8, 8), 0.5, np.float32)).save(tmp_path / "float.tif")
+    with pytest.raises(ValueError, match="floating-point"):
+        data.load_images([tmp_path / "float.tif"], 8)
+    with pytest.raises(UserError, match=r"unreadable \(.*float\.tif"):
+        data.image_cache(table.assign(path=str(tmp_path / "float.tif")), 8)
 
 
 def test_cache_folder_and_missing_image(tmp_path, cache):

@@ -121,6 +121,38 @@ def test_list_synthetic(generator, tmp_path):
     assert found["path"].tolist() == sorted(str(path) for path in tmp_path.rglob("*.png"))
 
 
+def test_list_synthetic_of_balanced_classes_says_what_to_set(generator, tmp_path):
+    generation.write_images(generator, "DF", 0, 0, tmp_path / "03_stage2_DF", "0" * 64)
+    with pytest.raises(UserError, match="set generate"):
+        generation.list_synthetic(tmp_path)
+
+
+def test_list_kept(tmp_path):
+    with pytest.raises(UserError, match="run step 04"):
+        generation.list_kept(tmp_path)
+    file = tmp_path / "04_deduplicate" / "dedup.csv"
+    file.parent.mkdir()
+    rows = pd.DataFrame({"path": ["1", "2", "3"], "class": ["df", "DF", "mel"], "kept": [True, False, True]})
+    rows.assign(kept_auto=[False, True, True]).to_csv(file, index=False)
+    for which, paths in (("raw", [1, 2, 3]), ("kept", [1, 3]), ("auto", [2, 3])):
+        assert list(generation.list_kept(tmp_path, which)["path"]) == paths
+    assert list(generation.list_kept(tmp_path)["label"]) == ["DF", "MEL"]
+    rows.to_csv(file, index=False)
+    with pytest.raises(UserError, match="without real lesions"):
+        generation.list_kept(tmp_path, "auto")
+    rows.assign(**{"class": "all"}).to_csv(file, index=False)
+    with pytest.raises(UserError, match="of class ALL: put them into folders"):
+        generation.list_kept(tmp_path)
+
+
+def test_linked_folders_are_looked_into(tmp_path):
+    for name in ("disk", "mine"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "disk" / "1.png").touch()
+    (tmp_path / "mine" / "DF").symlink_to(tmp_path / "disk")
+    assert generation.list_images(tmp_path / "mine")["class"].tolist() == ["DF"]
+
+
 def test_list_images(tmp_path):
     with pytest.raises(UserError, match="no folder"):
         generation.list_images(tmp_path / "absent")

@@ -65,7 +65,7 @@ def written(out, steps):
 
 
 def test_runs_side_by_side_then_skips_then_refuses_other_settings(sequence, tmp_path, capsys):
-    out = tmp_path / "run"
+    out = tmp_path / "run {1}"  # papermill would take this for a format
     pipeline.run("phantom", "smoke", out, jobs=2, params={"iterations": "9", "stage1.seed": 5})
     first = written(out, sequence)
     stored = runs.result(out, "02_stage1_global_gan")["settings"]

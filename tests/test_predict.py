@@ -82,6 +82,9 @@ def test_zip_and_single_file_give_the_same_rows(model, folder, predicted, tmp_pa
     pd.testing.assert_frame_equal(zipped, pd.read_csv(predicted[0]), atol=1e-6)
     assert (written, len(unreadable)) == (68, 2)
 
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "linked").symlink_to(folder / "part_0")
+    assert predict_folder(model, tmp_path / "mine", tmp_path / "linked.csv")[0] == 34  # of 35, one is cut off
     assert predict_folder(model, folder / "part_0" / "ISIC_0000004.jpg", tmp_path / "one.csv") == (1, [])
     one = pd.read_csv(tmp_path / "one.csv")
     pd.testing.assert_frame_equal(one, zipped[zipped["image"] == "ISIC_0000004"].reset_index(drop=True), atol=1e-3)

@@ -114,6 +114,51 @@ def test_done_only_with_the_same_settings_data_and_inputs(run_dir):
     assert not runs.is_done(run_dir, "02", SETTINGS, "phantom")
 
 
+def test_step_00_looks_again_when_files_came_or_went(tmp_path):
+    images, run_dir = tmp_path / "images", tmp_path / "images" / "run"
+    images.mkdir()
+    (images / "1.jpg").write_bytes(b"1")
+    settings = resolve("data", "smoke")
+    runs.open_step(runs.START, settings, images, run_dir, "smoke").finish({}, "", content="first")
+    data = str(images)
+    assert runs.is_done(run_dir, runs.START, settings, data)
+    (images / ".hidden.jpg").touch()
+    (run_dir / "02").mkdir()
+    (run_dir / "02" / "made.png").touch()  # a run inside its dataset is no part of it
+    assert runs.is_done(run_dir, runs.START, settings, data)
+    stage1 = runs.open_step("02", SETTINGS, data, run_dir, "smoke", needs=(runs.START,))
+    stage1.finish({}, "")
+
+    (images / "part 2").mkdir()
+    (images / "part 2" / "2.jpg").write_bytes(b"2")
+    assert not runs.is_done(run_dir, runs.START, settings, data)
+    # The same content, laid out otherwise, is the same for all that follows; other content is not.
+    for content, same in (("first", True), ("second", False)):
+        runs.open_step(runs.START, settings, images, run_dir, "smoke").finish({}, "", content=content)
+        assert runs.is_done(run_dir, runs.START, settings, data)
+        assert runs.is_done(run_dir, "02", SETTINGS, data) is same
+
+
+def test_a_step_made_anew_with_another_outcome_is_noticed(run_dir):
+    for weights, same in ((b"one", True), (b"one", True), (b"two", False)):
+        step = open_stage1(run_dir)
+        (step.folder / "model.bin").write_bytes(weights)
+        step.model(step.folder / "model.bin")
+        step.finish({}, "")
+        if not runs.result(run_dir, "03"):
+            runs.open_step("03", Stage2Settings(), "phantom", run_dir, "smoke", needs=("02",)).finish({}, "")
+        assert runs.is_done(run_dir, "02", SETTINGS, "phantom")
+        assert runs.is_done(run_dir, "03", Stage2Settings(), "phantom") is same
+
+
+def test_going_through_a_finished_step_again_keeps_the_time_it_took(run_dir):
+    step = open_stage1(run_dir)
+    step._started -= 500
+    step.finish({}, "")
+    assert open_stage1(run_dir).finish({}, "")["seconds"] >= 500
+    assert open_stage1(run_dir).finish({}, "", content="another")["seconds"] < 500
+
+
 def test_a_half_made_step_is_taken_up_with_its_settings_and_refused_with_others(run_dir):
     step = open_stage1(run_dir)
     open_stage1(run_dir, replace(SETTINGS, seed=1))  # nothing made yet: nothing to protect

@@ -1,6 +1,7 @@
 """The GAN loop: resuming to the bit, the best checkpoint, and stopping in good order when something goes wrong."""
 
 import copy
+import gc
 import json
 import os
 import shutil
@@ -8,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+import weakref
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -453,6 +455,24 @@ def test_checkpoint_of_other_settings(whole):
     assert (whole / "checkpoint.safetensors").read_bytes() == before
     free = replace(STAGE1, iterations=13, max_minutes=5, checkpoint_every=7, sample_every=9)
     assert GanTrainer(free, IMAGES, whole).iteration == 12  # these change nothing that was trained
+
+
+def test_checkpoint_of_other_images(tmp_path, whole):
+    shutil.copytree(whole, tmp_path / "run")
+    with pytest.raises(UserError, match="trained on other images"):
+        GanTrainer(STAGE1, IMAGES[::-1].copy(), tmp_path / "run", evaluate=kid_of_mean)
+
+
+def test_a_trainer_that_nobody_holds_leaves_the_memory(tmp_path):
+    gan = GanTrainer(STAGE1, IMAGES, tmp_path)
+    gan.step()
+    gone = weakref.ref(gan)
+    gc.disable()  # on a GPU, waiting for the collector means that two trainings have to fit
+    try:
+        del gan
+        assert gone() is None
+    finally:
+        gc.enable()
 
 
 def test_too_many_frozen_blocks(tmp_path, whole):

@@ -380,6 +380,13 @@ def test_what_is_used_is_the_checked_file_and_is_named(shelf, server):
     assert said.startswith(f"**Nothing is trained here: released weights `stage1-64px`, SHA-256 `{digest}`.**")
     assert hashlib.sha256(target.read_bytes()).hexdigest() == digest
 
+    # Found only now, they do not take the place of what was trained meanwhile.
+    checkpoints.save(target, {"rng.cpu": torch.get_rng_state()}, {"kind": "training", "iteration": 900})
+    trained = target.read_bytes()
+    with pytest.raises(UserError, match=r"holds a training of this run.*weights='train'"):
+        weights.use_released(weights.entry("stage1-64px"), target)
+    assert target.read_bytes() == trained
+
 
 def test_weights_asked_for_by_name_are_fetched_and_foreign_ones_converted(place, server):
     live = Generator(64, 8, nz=32)
