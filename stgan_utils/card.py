@@ -3,29 +3,30 @@
 from stgan_utils.files import atomic_path
 from stgan_utils.lesions import LESIONS
 
-CREDIT = """CC BY-NC 4.0, as the images that they learnt from: HAM10000, P. Tschandl, C. Rosendahl, H. Kittler,
+CREDIT = """CC BY-NC 4.0, like the images that they learnt from: HAM10000, P. Tschandl, C. Rosendahl, H. Kittler,
 *Scientific Data* 5, 180161, 2018, doi:10.1038/sdata.2018.161. Non-commercial use, with this credit; images made with
-them fall under the same licence."""
+them come under the same licence."""
 LIMITS = """- Not a medical device. Generated images show no patient and prove nothing about lesions; no answer of a
   classifier is a diagnosis.
-- HAM10000 shows mostly light skin from two clinics, photographed through a dermatoscope; nothing else is known here.
+- HAM10000 shows mostly light skin from two clinics, photographed through a dermatoscope; the weights know nothing else.
 - The images are small and the rare classes were learnt from few lesions: variety is limited, details are invented.
 - Half precision: pictures differ from those of the trained originals by two grey levels of 255 at most."""
-MEMORISED = """The chance that a generated image is nearer to a training image than a fresh real lesion of its class is:
-0.5 is what fresh lesions would give, 1 is copying; p belongs to a one-sided test for nearer. Far-off images pass it
-whatever they are, so read it with the distances above."""
-REFITTED = """These figures are of the network that learnt from the train split alone; the released file went on from it
-with **all** images, test lesions too, so that figures on any HAM10000 training image flatter it. """
+MEMORISED = """`nearer` is the chance that a generated image is nearer to a training image than a fresh real lesion of
+its class is; 0.5 is what fresh lesions would give, 1 is copying, and p belongs to a one-sided test for nearer. Images
+far from real ones pass this test in any case, so read it together with the distances above."""
+REFITTED = """The figures below are those of the network trained on the train split alone. The released file continued
+from it with **all** images, test lesions included, so figures on any HAM10000 training image flatter it. """
+NOT_NEARER = "Stage 1's own generator (all classes): no iteration of Stage 2 came nearer; not a {} generator"
 SQUARE = """It takes RGB images: the central square of each, scaled to {0} × {0} px; `predict` cuts it out. """
-WEIGHTED = """Its probabilities are those of classes that are equally common, times a weight ({}) that makes its first
-answer right more often. Who looks for one class, such as melanoma, goes by its probability and a threshold. """
+WEIGHTED = """Its probabilities are those for equally common classes, times a weight ({}) that makes its first answer
+right more often. To look for one class, such as melanoma, use its probability and a threshold. """
 
 
 def write(path, assets):
     """Write the card.
 
     Args:
-        path: of the card; `samples.png` lies beside it.
+        path: of the card; `samples.png` is beside it.
         assets: entries of the manifest; those with a file in the repository are described.
     """
     assets = [asset for asset in assets if asset["sources"]["repo"]]
@@ -39,8 +40,8 @@ def write(path, assets):
     if classifiers:
         commands.append("python -m stgan_utils predict --images DIR --out preds.csv")
     parts = [
-        "# Released weights\n\nWritten by `python -m stgan_utils weights release`; every figure stands in "
-        "`weights_manifest.json` too.",
+        "# Released weights\n\nWritten by `python -m stgan_utils weights release`; every figure is also in "
+        "`weights_manifest.json`.",
         *_pictures(generators),
         "## What they are\n\n" + _files(assets),
         "## Use\n\n```bash\n" + "\n".join(commands) + "\n```",
@@ -57,12 +58,21 @@ def write(path, assets):
 
 def _pictures(generators):
     if generators:
-        names = ", ".join(each["lesion_class"] or "Stage 1" for each in generators)
-        yield f"![Eight images from each generator](samples.png)\n*Eight each, none picked; from above: {names}.*"
+        names = [
+            (each["lesion_class"] or "Stage 1") + (" (drawn by Stage 1)" if _is_stage1(each) else "")
+            for each in generators
+        ]
+        caption = f"Eight each, none picked; from the top: {', '.join(names)}."
+        yield f"![Eight images from each generator](samples.png)\n*{caption}*"
         yield (
-            "Stage 1 is one FastGAN of all seven classes (generator and discriminator), Stage 2 the same for one class "
-            "each, started from it with Freeze-D and Barlow Twins."
+            "Stage 1 is one FastGAN for all seven classes (generator and discriminator); Stage 2 is one generator per "
+            "class, trained from Stage 1 with Freeze-D and Barlow Twins."
         )
+
+
+def _is_stage1(asset):
+    """Whether a generator of Stage 2 is the one that it started from: at iteration 0 nothing was learnt."""
+    return asset["stage"] == "stage2" and asset["trained_on"]["iterations"] == 0
 
 
 def table(columns, rows):
@@ -76,6 +86,7 @@ def _files(assets):
     for asset in assets:
         lesion, shape = asset["lesion_class"], asset["architecture"]
         what = f"{lesion}, {LESIONS[lesion].name}" if lesion else "all classes"
+        what = NOT_NEARER.format(lesion) if _is_stage1(asset) else what
         sizes = f"{shape['size']} px, ngf {shape['ngf']}, nz {shape['nz']}" if "ngf" in shape else "MobileNetV2"
         megabytes = f"{asset['bytes'] / 1e6:.1f}"
         rows.append([f"`{asset['name']}`", asset["stage"], what, sizes, megabytes, f"`{asset['sha256'][:16]}…`"])
@@ -112,7 +123,7 @@ def _distances(stage2):
     return (
         f"KID (lower is nearer) of {own['generated']} generated images to real ones of the class that no GAN has seen "
         "(validation and test lesions), with 95 % intervals. "
-        f"Features: {space}; figures of other networks do not compare.\n\n"
+        f"Features: {space}; do not compare with figures in other networks' features.\n\n"
         + table(["class", "real images", "KID, Stage 2", "KID, Stage 1", "Stage 2 lower?"], rows)
         + f"\n\n{sentence}"
     )
