@@ -72,6 +72,7 @@ def main(run_dir, docs=HERE):
     template = jinja2.Template(
         (HERE / "real-run.md.jinja").read_text(encoding="utf-8"), undefined=jinja2.StrictUndefined
     )
+    known["some_removed"] = (run_dir / FIGURES["removed_whash"]).exists()  # step 04 has nothing to show of none
     (docs / "real-run.md").write_text(template.render(known) + "\n", encoding="utf-8")
 
 
@@ -81,7 +82,7 @@ def main(run_dir, docs=HERE):
 def draw(run_dir, results, folder):
     """The run's figures as JPEG of a document's width, and the samples of its trainings as films."""
     best = int(results[release.STAGE1]["numbers"]["kid_best_iteration"])
-    pictures = {name: Image.open(run_dir / file) for name, file in FIGURES.items()}
+    pictures = {name: Image.open(run_dir / file) for name, file in FIGURES.items() if (run_dir / file).exists()}
     pictures["stage1"] = Image.open(run_dir / release.STAGE1 / "samples" / f"{best:06d}.png")
     arms = [Image.open(run_dir / f"05_classifier/figures/confusion_real_{arm}.png") for arm in ("only", "+_generated")]
     pictures["confusion"] = beside(arms)
