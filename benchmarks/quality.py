@@ -1,10 +1,10 @@
 """What speed costs: the same seeds and iterations, reference and fast settings, on real images: benchmarks/quality.py.
 
 The first perceptual distance named is the reference, in float32 and with the paper's step: by default LPIPS of VGG-16,
-as in FastGAN's public code. The others compute as we do, in bf16 where the processor has it, in light steps if asked.
-Each training has a process of its own; they take turns. Judged by KID to held-out real images, which none has learnt
-from: with INCEPTION_WEIGHTS in the features of Inception-v3, which no distance here is taken in. A cheaper distance
-goes through more iterations in the same time: `--iterations 600 1200` gives each distance its own.
+as in FastGAN's public code. The others compute as we do, in bf16 where the processor has it.
+Each training has a process of its own; they take turns. Judged by KID to held-out real images, which none has
+learnt from: with INCEPTION_WEIGHTS in the features of Inception-v3, which no distance here is taken in. A cheaper
+distance goes through more iterations in the same time: `--iterations 600 1200` gives each distance its own.
 Needs a folder of HAM10000, named by the environment variable HAM10000_DIR.
 """
 
@@ -78,7 +78,7 @@ def compared_by_seed(kids):
 
 def main():
     from stgan_utils import data
-    from stgan_utils.config import PERCEPTUAL, SIZES, TRAINING_STEPS, Stage1Settings
+    from stgan_utils.config import PERCEPTUAL, SIZES, Stage1Settings
     from stgan_utils.features import feature_extractor
     from stgan_utils.profiles import PROFILES
     from stgan_utils.quality import kid
@@ -93,9 +93,6 @@ def main():
     compared = ["vgg", PROFILES["real-cpu"]["stage1"]["perceptual"]]
     parser.add_argument(
         "--perceptual", choices=PERCEPTUAL, nargs="+", default=compared, help=f"default: {' '.join(compared)}"
-    )
-    parser.add_argument(
-        "--training-step", choices=TRAINING_STEPS, default="paper", help="of all but the reference (default paper)"
     )
     parser.add_argument("--keep", type=Path, help="folder for what trainings made, so that more seeds go on from there")
     args = parser.parse_args()
@@ -115,7 +112,6 @@ def main():
         for perceptual, iterations in zip(args.perceptual, lengths, strict=True):
             exact = perceptual == args.perceptual[0]
             settings = {"size": args.size, "ngf": args.ngf, "iterations": iterations, "perceptual": perceptual}
-            settings["training_step"] = "paper" if exact else args.training_step
             run = kept(args.keep, settings | {"seed": seed}, exact, learnt, len(held_out))
             found = kid(extractor(held_out), extractor(run["made"]), seed)
             shown = "{kid:.4f} ({low:.4f} … {high:.4f})".format(**found)
@@ -137,8 +133,7 @@ is better (a network's own features flatter the distance that is taken in them).
 """
     print(body)
     spent = " and ".join(f"{iterations:,}" for iterations in dict.fromkeys(lengths))
-    light = ", light steps" if args.training_step == "light" else ""
-    write_section(f"What speed costs in quality, {spent} iterations{light}", body, PACKAGES)
+    write_section(f"What speed costs in quality, {spent} iterations", body, PACKAGES)
 
 
 if __name__ == "__main__":

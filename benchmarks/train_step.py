@@ -4,14 +4,12 @@ DIR is a clone of FastGAN's public code (hugobb/FastGAN-pytorch is a copy of the
 losses and augmentation make the step that ours is compared with, on the same kind of batch. Without it, ours is
 compared with itself done plainly: float32, channels first, memory given back at every step. Perceptual networks have
 random weights here, which cost the same. Each program has a process of its own, so that neither gets what the other set
-up; they take turns, step by step; on a GPU, where one step is too short to be timed, some ten at a time; of light
-steps, a round in which each decoder had its turn. Ends with how the cost grows with the size of the images and, on a
-GPU, with what the time goes into and what the device could do.
+up; they take turns, step by step; on a GPU, where one step is too short to be timed, ten at a time. Ends with
+how the cost grows with the size of the images and, on a GPU, with what the time goes into and what the device could do.
 """
 
 import argparse
 import functools
-import math
 import multiprocessing
 import os
 import platform
@@ -25,7 +23,7 @@ import numpy as np
 from common import write_section
 
 PACKAGES = ("torch", "torchvision", "lpips")
-ON_A_GPU = 10  # steps a turn, at least
+ON_A_GPU = 10  # steps a turn
 KERNELS = {  # of a GPU, by what their names hold; the first that fits
     "convolutions and matrix products": ("conv", "gemm", "xmma", "cutlass", "cudnn", "nvjet"),
     "BatchNorm": ("batch_norm", "bn_", "batchnorm"),
@@ -99,7 +97,7 @@ def ours(args, exact=False, plain=False):
     if plain:
         device.keep_memory = lambda: None
         torch.channels_last = torch.contiguous_format
-    same = {name: getattr(args, name) for name in ("size", "ngf", "perceptual", "training_step")}
+    same = {name: getattr(args, name) for name in ("size", "ngf", "perceptual")}
     settings = Stage1Settings(batch_size=args.batch, **same)
     shape = 4 * args.batch, args.size, args.size, 3
     images = np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
@@ -115,7 +113,7 @@ PROGRAMS = {
 
 
 def work(connection, program, args):
-    """A process of one program: makes a first round, sends its operations, and then answers until it is told to end.
+    """A process of one program: makes a first step, sends its operations, and then answers until it is told to end.
 
     "step": the seconds of a step; "look": what a GPU spends a step on (`look_at_gpu`); "end": the peak of memory in
     bytes, the last answer.
@@ -123,7 +121,6 @@ def work(connection, program, args):
     import torch
     from torch.utils.flop_counter import FlopCounterMode
 
-    from stgan_utils.fastgan import DECODERS
     from stgan_utils.graphs import WARM_UP
 
     if args.threads:
@@ -131,18 +128,16 @@ def work(connection, program, args):
     torch.manual_seed(0)
     on_gpu = torch.cuda.is_available()
     wait = torch.cuda.synchronize if on_gpu else lambda: None
-    step, every = PROGRAMS[program](args), len(DECODERS) if args.training_step == "light" else 1
-    steps = every * math.ceil(ON_A_GPU / every) if on_gpu else every
+    step, steps = PROGRAMS[program](args), ON_A_GPU if on_gpu else 1
     with traffic() as moved, FlopCounterMode(display=False) as counter:
-        for _ in range(every):
-            step()
-    for _ in range(steps + WARM_UP * every if on_gpu else 0):  # kernels are chosen, each kind of step is recorded
         step()
-    operations = counter.get_total_flops() / every
+    for _ in range(steps + WARM_UP if on_gpu else 0):  # kernels are chosen, the step is recorded
+        step()
+    operations = counter.get_total_flops()
     connection.send(operations)
     while (order := connection.recv()) != "end":
         if order == "look":
-            connection.send(look_at_gpu(step, steps, operations, moved.total / every))
+            connection.send(look_at_gpu(step, steps, operations, moved.total))
             continue
         wait()
         began = perf_counter()
@@ -193,20 +188,18 @@ def take_turns(programs, repeats, look=False):
 
 
 def side_by_side(args):
-    """Markdown: the old step, ours with the same perceptual network, with the cheaper one, and the light step with it;
-    on a GPU, where the time of the last goes."""
+    """Markdown: the old step, ours with the same perceptual network, and with the cheaper one; on a GPU, where the time
+    of the last goes."""
     from stgan_utils import device
 
     old = ("the public code", "reference") if args.reference else ("ours, done plainly", "plain")
-    cheaper = argparse.Namespace(**{**vars(args), "training_step": "paper"})
-    same = argparse.Namespace(**{**vars(cheaper), "perceptual": "vgg"})
+    same = argparse.Namespace(**{**vars(args), "perceptual": "vgg"})
     rows = [(f"{old[0]} (vgg)", old[1], same), ("same mathematics (vgg), float32", "exact", same)]
     precision = str(device.precision(device.pick(), args.ngf)).removeprefix("torch.")
     if precision != "float32":
         rows.append((f"same mathematics (vgg), {precision}", "ours", same))
     if args.perceptual != "vgg":
-        rows.append((f"a cheaper distance ({args.perceptual}), {precision}", "ours", cheaper))
-    rows.append((f"the light step ({args.perceptual}), {precision}", "ours", args))
+        rows.append((f"a cheaper distance ({args.perceptual}), {precision}", "ours", args))
     found, looked_at = take_turns([row[1:] for row in rows], args.repeats, look=device.pick().type == "cuda")
     before = np.array(found[0][1])
     lines = [
@@ -225,7 +218,7 @@ def side_by_side(args):
 def growth(args):
     """Markdown table of our step at each size in `args.growth`."""
     lines = [
-        f"How the paper's step ({args.perceptual}) grows with the size (operations: additions and multiplications of",
+        f"How our step ({args.perceptual}) grows with the size (operations: additions and multiplications of",
         "convolutions and matrix products, as torch counts them):",
         "",
         "| size | seconds a step | against the size before | images/s | 10⁹ operations | 10⁹ a second | peak memory |",
@@ -233,7 +226,7 @@ def growth(args):
     ]
     last = None
     for size in args.growth:
-        sized = argparse.Namespace(**{**vars(args), "size": size, "training_step": "paper"})
+        sized = argparse.Namespace(**{**vars(args), "size": size})
         [(operations, taken, peak)], _ = take_turns([("ours", sized)], args.repeats)
         seconds = median(taken)
         times = f"{seconds / last:.2f}×" if last else ""
@@ -349,7 +342,6 @@ def main():
     parser.add_argument("--repeats", type=int, default=5, help="turns of each program (default 5)")
     parser.add_argument("--threads", type=int, default=0, help="threads of the CPU (default: torch's choice)")
     parser.add_argument("--growth", type=int, choices=SIZES, nargs="*", default=SIZES, help="sizes (default: all)")
-    parser.set_defaults(training_step="light")
     args = parser.parse_args()
     if args.reference and not (Path(args.reference) / "train.py").is_file():
         parser.error(f"--reference {args.reference} is no clone of FastGAN's public code: it has no train.py")

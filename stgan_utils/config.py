@@ -13,7 +13,6 @@ from stgan_utils.profiles import PROFILES
 
 SIZES = (64, 128, 256, 512)
 PERCEPTUAL = ("vgg", "squeeze", "mobilenet", "l1")
-TRAINING_STEPS = ("paper", "light")
 AUGMENTATIONS = ("color", "translation")
 CHOICES = {  # of the classifier
     "pretrained": ("auto", "none"),
@@ -72,10 +71,6 @@ class Stage1Settings:
     ema_decay: float = 0.999
     # Needs no pretrained weights. To real images "mobilenet", which does, comes far nearer (`benchmarks/quality.py`).
     perceptual: str = "l1"
-    # "light" is a fifth faster: the three decoders take turns, each then weighing three times, and the discriminator
-    # judges generated images once for both networks, which step from where both stand. It seems to cost quality
-    # (`benchmarks/RESULTS.md`).
-    training_step: str = "paper"
     augment: str = "color,translation"
     checkpoint_every: int = 250
     sample_every: int = 250
@@ -89,10 +84,6 @@ class Stage1Settings:
     def __post_init__(self):
         _require(self.size in SIZES, f"size is {self.size}, it must be one of {SIZES}.")
         _require(self.perceptual in PERCEPTUAL, f"perceptual is {self.perceptual!r}, it must be one of {PERCEPTUAL}.")
-        _require(
-            self.training_step in TRAINING_STEPS,
-            f"training_step is {self.training_step!r}, it must be one of {TRAINING_STEPS}.",
-        )
         _require(self.ngf % 8 == 0 and self.ngf > 0, f"ngf is {self.ngf}, it must be a multiple of 8.")
         _require(self.batch_size >= 2, f"batch_size is {self.batch_size}, it must be at least 2.")
         _require_seed(self.seed)

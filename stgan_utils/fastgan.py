@@ -24,7 +24,6 @@ from stgan_utils.spectral import spectral_norm
 GENERATOR_WIDTHS = {4: 16, 8: 8, 16: 4, 32: 2, 64: 2, 128: 1, 256: 0.5, 512: 0.25}
 DISCRIMINATOR_WIDTHS = {8: 16, 16: 8, 32: 4, 64: 2, 128: 1, 256: 0.5, 512: 0.25}
 DECODER_WIDTHS = {16: 4, 32: 2, 64: 2, 128: 1}
-DECODERS = ("big", "small", "part")
 
 # Skip-layer excitation: the side that gates → the side that is gated.
 GENERATOR_SKIPS = {64: 4, 128: 8, 256: 16, 512: 32}
@@ -321,19 +320,18 @@ class Discriminator(nn.Module):
         logits = torch.cat([self.rf_big(features[64]).flatten(1), self.rf_small(from_small).flatten(1)], dim=1)
         return Judgement(logits, features[64], features[32], from_small)
 
-    def reconstruct(self, judged, quadrant, decoders=DECODERS):
+    def reconstruct(self, judged, quadrant):
         """Pictures rebuilt from features: of the whole, of the whole from the smaller view, of one quadrant.
 
         Args:
             judged: a `Judgement` of real images.
             quadrant: 0 … 3: top left, top right, bottom left, bottom right; or a tensor (1,) of it.
-            decoders: names of those that are wanted.
 
         Returns:
-            A (B, 3, s, s) in [-1, 1] from each of them, s = min(size, 128).
+            Three (B, 3, s, s) in [-1, 1], s = min(size, 128).
         """
-        features = {"big": judged.last, "small": judged.small, "part": quadrant_of(judged.middle, quadrant)}
-        return tuple(getattr(self, f"decoder_{name}")(features[name]) for name in decoders)
+        part = self.decoder_part(quadrant_of(judged.middle, quadrant))
+        return self.decoder_big(judged.last), self.decoder_small(judged.small), part
 
     def blocks(self):
         """Feature blocks counted from the image, each a list of modules: what `freeze(n)` freezes the first n of."""

@@ -16,11 +16,10 @@ class Replayed:
 
     Args:
         function: returns a dict of tensors on the GPU, the same names each time.
-        pool: of `torch.cuda.graph_pool_handle()`, memory that several share which leave nothing in it for each other.
     """
 
-    def __init__(self, function, pool=None):
-        self.function, self.pool, self.calls, self.graph = function, pool, 0, None
+    def __init__(self, function):
+        self.function, self.calls, self.graph = function, 0, None
         self.stream = torch.cuda.Stream()  # of what comes before the recording too: autograd remembers it
 
     def __call__(self):
@@ -44,7 +43,7 @@ class Replayed:
     def _record(self):
         graph = torch.cuda.CUDAGraph()
         try:
-            with torch.cuda.graph(graph, self.pool, self.stream):
+            with torch.cuda.graph(graph, stream=self.stream):
                 self.results = self.function()
         except RuntimeError as error:  # another PyTorch, another device: a recording helps, nobody needs it
             print(f"A step could not be recorded as a CUDA graph; it goes on unrecorded, which is slower ({error}).")

@@ -11,7 +11,7 @@ from stgan_utils import device as devices
 from stgan_utils import parallel
 from stgan_utils.augment import diff_augment
 from stgan_utils.config import UserError
-from stgan_utils.fastgan import DECODERS, Discriminator, Generator, quadrant_of, small_view
+from stgan_utils.fastgan import Discriminator, Generator, quadrant_of, small_view
 from stgan_utils.graphs import Replayed
 from stgan_utils.losses import Projector, barlow_twins, hinge_d_loss, hinge_g_loss, perceptual_distance
 from stgan_utils.order import Order
@@ -96,13 +96,10 @@ class Iteration:
         self.quadrant = torch.zeros(1, dtype=torch.long, device=self.device)
         self.noise, self.ramp = torch.zeros(2, device=self.device)
         self._mixed, self._copied = self._averaged()
-        self.light = s.training_step == "light"
-        turns = [(decoder,) for decoder in DECODERS] if self.light else [DECODERS]
         # No reference to itself: the networks leave the GPU's memory as soon as nobody needs them.
-        self._turns = [partial(type(self)._iterate, weakref.proxy(self), decoders) for decoders in turns]
+        self._losses = partial(type(self)._iterate, weakref.proxy(self))
         if self.recorded:
-            pool = torch.cuda.graph_pool_handle()  # recordings have no need of memory at the same time
-            self._turns = [Replayed(turn, pool) for turn in self._turns]
+            self._losses = Replayed(self._losses)
 
     def _modules(self):
         return {
@@ -115,7 +112,7 @@ class Iteration:
     def step(self):
         """One iteration: batch, discriminator, generator, average. Returns the losses as tensors on the device."""
         self._set_inputs()
-        losses = self._turns[self.iteration % len(self._turns)]()
+        losses = self._losses()
         self._average()
         self.iteration += 1
         return losses
@@ -128,30 +125,26 @@ class Iteration:
         if self.barlow:
             self.ramp.fill_(self._ramp())
 
-    def _iterate(self, decoders):
+    def _iterate(self):
         real = self._batch()
         z = parallel.drawn(torch.randn, (len(real), self.generator.nz), device=self.device)
         with devices.autocast(self.device, self.generator.ngf):
             fake = [diff_augment(view, self.settings.augment) for view in self.generator(z, with_small=True)]
         seen = [view.detach().requires_grad_() for view in fake]  # the generator's gradients are taken here, then on
-        logits = self._logits_of(seen)
-        if self.light:  # both step from where both stand: one judgement of the generated images is enough
-            found = self._generator_step(fake, seen, logits)
-            return self._discriminator_step(real, logits, decoders) | found
-        found = self._discriminator_step(real, logits, decoders)
+        found = self._discriminator_step(real, self._logits_of(seen))
         return found | self._generator_step(fake, seen, self._logits_of(seen))
 
     def _logits_of(self, views):
         with devices.autocast(self.device, self.generator.ngf):
             return self._judge(*views).logits
 
-    def _discriminator_step(self, real, fake_logits, decoders):
+    def _discriminator_step(self, real, fake_logits):
         s = self.settings
         view = diff_augment(real, s.augment)
         with devices.autocast(self.device, self.generator.ngf):
             judged = self._judge(view, small_view(view))
             d_real, d_fake = hinge_d_loss(judged.logits, fake_logits)
-            reconstruction = self._reconstruction(view, judged, decoders)
+            reconstruction = self._reconstruction(view, judged)
             total = d_real + d_fake + reconstruction
             losses = {"d_real": d_real, "d_fake": d_fake, "reconstruction": reconstruction}
             if self.barlow:
@@ -166,8 +159,7 @@ class Iteration:
 
     def _generator_step(self, fake, seen, logits):
         loss = hinge_g_loss(logits)
-        # What the discriminator has computed of them is needed once more where its own step follows.
-        self.scaler.scale(loss).backward(inputs=seen, retain_graph=self.light)
+        self.scaler.scale(loss).backward(inputs=seen)
         self._descend(self.optimizer_g, fake, [view.grad for view in seen])
         return {"g": loss}
 
@@ -177,21 +169,16 @@ class Iteration:
             images, small = (view + self.noise * parallel.drawn_like(torch.randn_like, view) for view in views)
         return self.discriminator(images, small)
 
-    def _reconstruction(self, real, judged, decoders):
+    def _reconstruction(self, real, judged):
         """Perceptual distance between real images and what the decoders rebuild of them (paper, section 3.2)."""
-        pictures = dict(zip(decoders, self.discriminator.reconstruct(judged, self.quadrant, decoders), strict=True))
-        part = pictures.pop("part", None)
-        total = 0
-        if pictures:  # of one target, whose features are then needed only once
-            total = len(pictures) * self._distance(torch.cat([*pictures.values()]), real)
-        if part is not None:
-            total = total + self._distance(part, quadrant_of(real, self.quadrant))
-        return len(DECODERS) / len(decoders) * total  # in the mean, all weigh the same
+        whole, from_small, part = self.discriminator.reconstruct(judged, self.quadrant)
+        side = whole.shape[-1]
 
-    def _distance(self, pictures, real):
-        side = pictures.shape[-1]
-        scaled = F.interpolate(real, size=side, mode="area" if real.shape[-1] > side else "nearest")
-        return self.perceptual(pictures, scaled)
+        def scaled(images):
+            return F.interpolate(images, size=side, mode="area" if images.shape[-1] > side else "nearest")
+
+        pair = torch.cat([whole, from_small])  # of one target, whose features are then needed only once
+        return 2 * self.perceptual(pair, scaled(real)) + self.perceptual(part, scaled(quadrant_of(real, self.quadrant)))
 
     def _descend(self, optimizer, tensors, gradients=None):
         optimizer.zero_grad(set_to_none=True)

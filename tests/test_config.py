@@ -53,7 +53,6 @@ def test_text_and_numbers_become_the_settings_kind(name, value, wanted):
         ("iterations", [10]),
         ("iterations", float("inf")),
         ("iterations", 0),
-        ("training_step", "heavy"),
         ("learning_rate", "fast"),
         ("learning_rate", 0),
         ("learning_rate", -1e-4),

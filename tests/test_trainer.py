@@ -30,7 +30,7 @@ from stgan_utils.trainer import GanTrainer
 ROOT = Path(__file__).resolve().parents[1]
 RARE = {"sample_every": 1000, "evaluate_every": 1000, "quality_images": 2}
 TINY = {"size": 64, "ngf": 8, "nz": 32, "batch_size": 3, **RARE}
-STAGE1 = Stage1Settings(iterations=12, checkpoint_every=3, training_step="light", **TINY)
+STAGE1 = Stage1Settings(iterations=12, checkpoint_every=3, **TINY)
 STAGE2 = Stage2Settings(
     iterations=6, checkpoint_every=2, lesion="DF", freeze_blocks=2, bt_ramp=4, noise_decay=5, seed=1, **TINY
 )
@@ -251,10 +251,9 @@ def test_no_layer_changes_the_layout_of_a_step(tmp_path, whole):
     assert len(seen) > 100 and all(features.is_contiguous() for features in seen)
 
 
-@pytest.mark.parametrize("kind", ["paper", "light"])
-def test_gradients_are_those_of_plain_code(tmp_path, kind):
-    """In a light step both networks' are those from where both stand; in the paper's, the discriminator has stepped."""
-    gan = GanTrainer(replace(STAGE1, training_step=kind, augment=""), IMAGES, tmp_path)
+def test_gradients_are_those_of_plain_code(tmp_path):
+    """The discriminator's from where both networks stand, the generator's after the discriminator has stepped."""
+    gan = GanTrainer(replace(STAGE1, augment=""), IMAGES, tmp_path)
     generator, discriminator = copy.deepcopy((gan.generator, gan.discriminator))
     state = torch.get_rng_state()
     losses = gan.step()
@@ -264,20 +263,16 @@ def test_gradients_are_those_of_plain_code(tmp_path, kind):
     real = gan._batch()
     fake = generator(torch.randn(3, 32), with_small=True)
     judged_fake = discriminator(*fake)
-    if kind == "light":
-        (-judged_fake.logits.mean()).backward(retain_graph=True)
-    discriminator.zero_grad()
     judged = discriminator(real, small_view(real))
     hinge = sum(hinge_d_loss(judged.logits, judged_fake.logits))
     rebuilt = discriminator.reconstruct(judged, quadrant)
     targets = real, real, quadrant_of(real, torch.tensor([quadrant])).repeat_interleave(2, 2).repeat_interleave(2, 3)
     distances = [(pictures - target).abs().mean() for pictures, target in zip(rebuilt, targets, strict=True)]
-    total = hinge + (3 * distances[0] if kind == "light" else sum(distances))
+    total = hinge + sum(distances)
     wanted = torch.autograd.grad(total, list(discriminator.parameters()), allow_unused=True)
     torch.testing.assert_close(losses["reconstruction"], total - hinge)
-    if kind == "paper":
-        discriminator.load_state_dict(gan.discriminator.state_dict() | _vectors(discriminator))
-        (-discriminator(*fake).logits.mean()).backward()
+    discriminator.load_state_dict(gan.discriminator.state_dict() | _vectors(discriminator))
+    (-discriminator(*fake).logits.mean()).backward()
 
     for parameter, gradient in zip(gan.discriminator.parameters(), wanted, strict=True):
         assert (parameter.grad is None) == (gradient is None)
@@ -290,15 +285,6 @@ def test_gradients_are_those_of_plain_code(tmp_path, kind):
 def _vectors(module):
     """The states of a module's spectral norm."""
     return {name: tensor for name, tensor in module.state_dict().items() if name.endswith(("_u", "_v"))}
-
-
-def test_in_light_steps_decoders_take_turns(tmp_path):
-    gan = GanTrainer(STAGE1, IMAGES, tmp_path)
-    decoders = [getattr(gan.discriminator, f"decoder_{name}") for name in ("big", "small", "part")]
-    for turn in (0, 1, 2, 0):
-        gan.step()
-        learns = [any(p.grad is not None for p in decoder.parameters()) for decoder in decoders]
-        assert learns == [index == turn for index in range(3)]
 
 
 def test_average_is_the_plain_loop(tmp_path):
