@@ -241,7 +241,7 @@ def list_kept(run_dir, which="kept"):
     if not file.exists():
         raise UserError(f"{file} is missing: run step 04_deduplicate first.")
     made = pd.read_csv(file).rename(columns={"class": "label"})
-    made["label"] = made["label"].str.upper()
+    made["label"] = made["label"].astype(str).str.upper()
     if unknown := sorted(set(made["label"]) - set(CLASSES)):
         raise UserError(
             f"{file} has images of class {', '.join(unknown)}: put them into folders named {', '.join(CLASSES)} "

@@ -126,11 +126,8 @@ def _is_hidden(path):
 
 def images_below(folder):
     """Paths of all images below a folder, linked folders too, sorted."""
-    return sorted(path for path in _files_below(folder) if is_image(path.relative_to(folder)))
-
-
-def _files_below(folder):
-    return (Path(parent, name) for parent, _, names in os.walk(folder, followlinks=True) for name in names)
+    paths = (Path(parent, name) for parent, _, names in os.walk(folder, followlinks=True) for name in names)
+    return sorted(path for path in paths if is_image(path.relative_to(folder)))
 
 
 def _find_images(ids, folder):
@@ -189,9 +186,8 @@ def _read_isic(file, folder, cache):
     table = pd.DataFrame({"image_id": ids, "label": _labels_of_one_hot(frame, file), "path": _find_images(ids, folder)})
     groupings = [path for path in folder.rglob("*LesionGroupings*.csv") if not _is_hidden(path.relative_to(folder))]
     if groupings:
-        lesions = pd.concat([_read_text(each, "image", "lesion_id") for each in sorted(groupings)]).drop_duplicates(
-            "image"
-        )
+        lesions = pd.concat([_read_text(each, "image", "lesion_id") for each in sorted(groupings)])
+        lesions = lesions.drop_duplicates("image")
         lesions = lesions.rename(columns={"image": "image_id", "diagnosis_confirm_type": "dx_type"})
         table = table.merge(lesions, on="image_id", how="left")
     return table

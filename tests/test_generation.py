@@ -143,6 +143,9 @@ def test_list_kept(tmp_path):
     rows.assign(**{"class": "all"}).to_csv(file, index=False)
     with pytest.raises(UserError, match="of class ALL: put them into folders"):
         generation.list_kept(tmp_path)
+    rows.assign(**{"class": 1}).to_csv(file, index=False)  # folders named 0, 1, 2
+    with pytest.raises(UserError, match="of class 1: put them into folders"):
+        generation.list_kept(tmp_path)
 
 
 def test_linked_folders_are_looked_into(tmp_path):
