@@ -1,10 +1,10 @@
 """What speed costs: the same seeds and iterations, reference and fast settings, on real images: benchmarks/quality.py.
 
 The first perceptual distance named is the reference, in float32 and with the paper's step: by default LPIPS of VGG-16,
-as in FastGAN's public code. The others compute as we do, in bf16 where the processor has it.
-Each training has a process of its own; they take turns. Judged by KID to held-out real images, which none has
-learnt from: with INCEPTION_WEIGHTS in the features of Inception-v3, which no distance here is taken in. A cheaper
-distance goes through more iterations in the same time: `--iterations 600 1200` gives each distance its own.
+as in FastGAN's public code. The others compute as we do, in bf16 where the processor has it. Each training has a
+process of its own; they take turns. Judged by KID to held-out real images, which none has learnt from: with
+INCEPTION_WEIGHTS in the features of Inception-v3, which no distance here is taken in. A cheaper distance goes through
+more iterations in the same time: `--iterations 600 1200` gives each distance its own.
 Needs a folder of HAM10000, named by the environment variable HAM10000_DIR.
 """
 

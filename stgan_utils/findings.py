@@ -37,9 +37,10 @@ def compare(run_dir, bootstrap=1000):
         raise UserError(f"The arms have different numbers of seeds ({seeds}): train those that are missing.")
     results = {name: [read_json(path) for path in found] for name, found in folders.items()}
     for name, found in results.items():
-        if any(result.get("inputs", made_of(name, run_dir)) != made_of(name, run_dir) for result in found):
+        inputs = made_of(name, run_dir)
+        if any(result.get("inputs", inputs) != inputs for result in found):
             raise UserError(
-                f"Arm {name} was trained before {' or '.join(made_of(name, run_dir))} was made anew: delete "
+                f"Arm {name} was trained before {' or '.join(inputs)} was made anew: delete "
                 f"{Path(run_dir) / 'arms' / name} and train it again."
             )
     answers = {name: [_test_answers(path.parent) for path in found] for name, found in folders.items()}
