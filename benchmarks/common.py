@@ -10,6 +10,8 @@ from importlib.metadata import version
 from pathlib import Path
 
 RESULTS = Path(__file__).with_name("RESULTS.md")
+# As Linux calls them; what a network's step takes depends on them more than on anything else about a processor.
+INSTRUCTIONS = {"amx_bf16": "AMX", "avx512_bf16": "AVX-512 BF16", "avx512f": "AVX-512", "avx2": "AVX2"}
 
 
 def write_section(title, body, packages):
@@ -37,7 +39,9 @@ def write_section(title, body, packages):
 
 
 def processor():
-    """The processor's name, such as "AMD EPYC"."""
+    """The processor's name and the widest instructions that it has, such as "AMD EPYC (AVX2)"."""
     info = Path("/proc/cpuinfo")
-    names = re.findall(r"model name\s*: (.*)", info.read_text()) if info.exists() else []
-    return names[0] if names else platform.processor() or platform.machine()
+    said = info.read_text() if info.exists() else ""
+    names = re.findall(r"model name\s*: (.*)", said) or [platform.processor() or platform.machine()]
+    widest = next((name for flag, name in INSTRUCTIONS.items() if re.search(rf"\b{flag}\b", said)), "")
+    return names[0] + (f" ({widest})" if widest else "")

@@ -195,7 +195,7 @@ def side_by_side(args):
     old = ("the public code", "reference") if args.reference else ("ours, done plainly", "plain")
     same = argparse.Namespace(**{**vars(args), "perceptual": "vgg"})
     rows = [(f"{old[0]} (vgg)", old[1], same), ("same mathematics (vgg), float32", "exact", same)]
-    precision = str(device.precision(device.pick(), args.ngf)).removeprefix("torch.")
+    precision = _precision(args)
     if precision != "float32":
         rows.append((f"same mathematics (vgg), {precision}", "ours", same))
     if args.perceptual != "vgg":
@@ -213,6 +213,13 @@ def side_by_side(args):
             f"| **{median(ratio):.2f}×** ({ratio.min():.2f} – {ratio.max():.2f}) |"
         )
     return "\n".join([*lines, *([looked_at] if looked_at else [])])
+
+
+def _precision(args):
+    """What our step computes in here, such as "float32"."""
+    from stgan_utils import device
+
+    return str(device.precision(device.pick(), args.ngf)).removeprefix("torch.")
 
 
 def growth(args):
@@ -351,15 +358,17 @@ def main():
     against = "" if args.reference else " No clone of the public code was given (`--reference`): no ratio to it."
     threads = f", {args.threads} threads" if args.threads else ""
     body = f"""
-{args.size} px, batch {args.batch}, width {args.ngf}, on {device.describe()}{threads}; in turn, {args.repeats} times;
-medians. Perceptual networks with random weights.{against}
+{args.size} px, batch {args.batch}, width {args.ngf}, on {device.describe(args.ngf)}{threads};
+in turn, {args.repeats} times; medians. Perceptual networks with random weights.{against}
 
 {side_by_side(args)}
 
 {growth(args) if args.growth else ""}
 """
     print(body)
-    name = f", {args.size} px, batch {args.batch}, on a GPU" if device.pick().type == "cuda" else ""
+    name = "" if _precision(args) == "float32" else f", on a CPU in {_precision(args)}"
+    if device.pick().type == "cuda":
+        name = f", {args.size} px, batch {args.batch}, on a GPU"
     write_section("GAN training step" + name, body, PACKAGES)
 
 
