@@ -7,6 +7,7 @@ test lesions is written down when it is trained, and compared with the truth whe
 
 import math
 import time
+from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import NamedTuple
@@ -17,6 +18,7 @@ from filelock import FileLock
 from sklearn.model_selection import StratifiedGroupKFold
 
 from stgan_utils import data, device, finetune, generation, runs
+from stgan_utils.backbone import load_backbone, load_lite
 from stgan_utils.classifier import Classifier
 from stgan_utils.config import ClassifierSettings, UserError
 from stgan_utils.engine import Task
@@ -29,9 +31,6 @@ KINDS = {"real": False, "generated": True}
 RECIPE = {"size": 96, "epochs": 5, "frozen_blocks": 4}
 # The one that is released: no arm of the comparison, it is larger and trained for longer, small images first.
 RELEASE, FIRST_PHASE = "release", "release-160px"
-# Its teachers: as many networks of the first phase's recipe, each trained without one of so many parts of the train
-# split. What they answer there is what an honest guess looks like.
-TEACHERS = 5
 # The released one's answers aim at accuracy for so much and at balanced accuracy for the rest. Chosen on validation
 # lesions (`benchmarks/answers.py`): 0.008 of balanced accuracy is its price there, 0.034 of accuracy its gain.
 ACCURACY_SHARE = 0.15
@@ -87,6 +86,22 @@ ARMS = {
         taught="half",
     ),
 }
+
+
+class Teachers(NamedTuple):
+    """Networks of one kind and recipe, each trained without one of so many parts of the train split."""
+
+    parts: int
+    load: Callable
+    settings: dict
+
+
+# Whose answers the released one learns. What a network answers to images that it has not learnt from is what an honest
+# guess looks like; two kinds are wrong in different places, and both together less often than either.
+TEACHERS = {
+    "mobilenet": Teachers(5, load_backbone, ARMS[FIRST_PHASE].settings | {"views": 2}),
+    "lite2": Teachers(3, load_lite, ARMS[FIRST_PHASE].settings | {"views": 2, "size": 224, "frozen_blocks": 5}),
+}
 COMPARED = [name for name in ARMS if name not in (RELEASE, FIRST_PHASE)]
 REAL_ONLY = [name for name in COMPARED if not ARMS[name].synthetic]
 SHARES = ["logit-adjustment", "gan-raw-25", "gan-raw-50", "gan-raw"]
@@ -123,6 +138,8 @@ def train(name, run_dir, seed):
     """
     arm, run_dir = _arm(name), Path(run_dir)
     real = real_table(run_dir)
+    if arm.taught == "half":
+        load_lite("none")  # what is not installed is said now, not after the first phase
     before = train(arm.after, run_dir, seed) if arm.after else None
     settings = _settings(arm, seed, before, epoch_images=int((real["split"] == "train").sum()))
     inputs = made_of(name, run_dir)
@@ -188,7 +205,7 @@ def refit(name, run_dir):
     images = data.image_cache(real, settings.size)
     began = time.monotonic()
     teachers = teach(run_dir) | {source / finetune.MODEL_FILE: real["split"] == "train"} if arm.taught else {}
-    taught = _half(_answers_of_others(teachers, real)) if arm.taught else None
+    taught = _half(answers_of_others(teachers, real)) if arm.taught else None
     finetune.train(settings, images, real["label"], real.index, None, folder, taught=taught)
     counts = real["label"].value_counts()
     result = _result(name, settings, folder, {"real": {code: int(counts[code]) for code in CLASSES}}, began)
@@ -198,27 +215,31 @@ def refit(name, run_dir):
 
 
 def teach(run_dir):
-    """Train the `TEACHERS` on the train split, cross-fitted: every lesion is left out by one of them.
+    """Train the `TEACHERS` on the train split, cross-fitted: of each kind one leaves a lesion out.
 
     Returns:
         {model file: rows of the run's dataset table that it has learnt from, bool (N,)}, the files in
-        `run_dir/arms/teachers/partN`; those that are there are left alone.
+        `run_dir/arms/teachers/KIND-PART`; those that are there are left alone.
+
+    Raises:
+        UserError: the packages of EfficientNet-Lite2 are not installed.
     """
     run_dir = Path(run_dir)
     real = real_table(run_dir)
     train_rows = real.index[real["split"] == "train"]
-    parts = StratifiedGroupKFold(TEACHERS, shuffle=True, random_state=0).split(
-        train_rows, real.loc[train_rows, "label"], real.loc[train_rows, "lesion_id"]
-    )
     files = {}
-    for part, (kept, _) in enumerate(parts):
-        settings = _settings(_arm(FIRST_PHASE), part, None, views=2)
-        folder = run_dir / "arms" / "teachers" / f"part{part}"
-        folder.mkdir(parents=True, exist_ok=True)
-        with FileLock(folder / ".lock"):  # several seeds may ask for them side by side
-            images = data.image_cache(real, settings.size)
-            finetune.train(settings, images, real["label"], train_rows[kept], None, folder)
-        files[folder / finetune.MODEL_FILE] = real.index.isin(train_rows[kept])
+    for name, kind in TEACHERS.items():
+        parts = StratifiedGroupKFold(kind.parts, shuffle=True, random_state=0).split(
+            train_rows, real.loc[train_rows, "label"], real.loc[train_rows, "lesion_id"]
+        )
+        for part, (kept, _) in enumerate(parts):
+            settings = ClassifierSettings(**{**RECIPE, **kind.settings, "seed": part})
+            folder = run_dir / "arms" / "teachers" / f"{name}-{part}"
+            folder.mkdir(parents=True, exist_ok=True)
+            with FileLock(folder / ".lock"):  # several seeds may ask for them side by side
+                images = data.image_cache(real, settings.size)
+                finetune.train(settings, images, real["label"], train_rows[kept], None, folder, load=kind.load)
+            files[folder / finetune.MODEL_FILE] = real.index.isin(train_rows[kept])
     return files
 
 
@@ -268,11 +289,11 @@ def made_of(name, run_dir):
 def _taught(arm, run_dir, table):
     """What `finetune.train` takes under this name."""
     if arm.taught == "half":
-        return _half(_answers_of_others(teach(run_dir), table))
+        return _half(answers_of_others(teach(run_dir), table))
     if arm.taught == "generated":
         baseline = run_dir / "01_baseline" / finetune.MODEL_FILE
         require(baseline, "01_baseline")
-        return _answers_of_others({baseline: ~table["synthetic"]}, table), table["synthetic"].to_numpy()
+        return answers_of_others({baseline: ~table["synthetic"]}, table), table["synthetic"].to_numpy()
     return None
 
 
@@ -280,7 +301,7 @@ def _half(answers):
     return answers, np.full(len(answers), 0.5)
 
 
-def _answers_of_others(networks, table):
+def answers_of_others(networks, table):
     """For each image the mean balanced probabilities (N, classes) of those `networks`, {file: rows learnt from}, that
     do not know it; columns in the order of `CLASSES`."""
     total, asked = np.zeros((len(table), len(CLASSES))), np.zeros((len(table), 1))

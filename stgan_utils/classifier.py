@@ -1,4 +1,4 @@
-"""MobileNetV2 that takes raw images and answers with named classes: the model and its file. Training: `finetune`.
+"""A classifier that takes raw images and answers with named classes: the model and its file. Training: `finetune`.
 
 Two rules make the prior system's 11 % impossible. The scaling of the input is part of the model and of its file:
 callers hand over `uint8` pixels. The order of the classes is part of the file too, and no position ever leaves this
@@ -11,19 +11,16 @@ import numpy as np
 import pandas as pd
 import torch
 from torch import nn
-from torchvision.models import mobilenet_v2
 
 from stgan_utils import checkpoints, device
-from stgan_utils.backbone import CHANNELS, fold_batch_norm
+from stgan_utils.backbone import CHANNELS, MOBILENET, NETWORKS, fold_batch_norm
 from stgan_utils.config import UserError
 from stgan_utils.lesions import CLASSES
 from stgan_utils.views import ASIDE, aside
 
-KIND = "mobilenet_v2"
-
 
 class Classifier(nn.Module):
-    """MobileNetV2 (width 1.0), dropout, one linear layer.
+    """A pretrained network's features, dropout, one linear layer.
 
     Args:
         preprocessing: {"size": side in pixels, "mean": [3], "std": [3]}, the last two for images in [0, 1].
@@ -34,13 +31,15 @@ class Classifier(nn.Module):
             class that is not named}.
         features: feature layers to start from, or None for random ones.
         settings: what it was trained with; kept in the file, used nowhere.
+        network: whose features, a name in `backbone.NETWORKS`: MobileNetV2 (width 1.0), or what teaches it.
     """
 
-    def __init__(self, preprocessing, classes=CLASSES, features=None, settings=None, answering=None):
+    def __init__(self, preprocessing, classes=CLASSES, features=None, settings=None, answering=None, network=MOBILENET):
         super().__init__()
+        self.network = network
         self.answering = {"views": 1, "temperature": 1.0, "weights": {}} | (answering or {})
         self.preprocessing, self.classes, self.settings = preprocessing, tuple(classes), settings or {}
-        self.features = features or mobilenet_v2(weights=None).features
+        self.features = features or NETWORKS[network]()
         self.head = nn.Sequential(nn.Dropout(0.2), nn.Linear(CHANNELS, len(self.classes)))
         for name in ("mean", "std"):  # the file's header has them, so that they are there once
             self.register_buffer(name, torch.tensor(preprocessing[name]).view(1, 3, 1, 1), persistent=False)
@@ -99,7 +98,7 @@ class Classifier(nn.Module):
     def save(self, path):
         """Weights as safetensors; all that belongs to them (class order, preprocessing, …) as JSON in its header."""
         header = {
-            "architecture": {"kind": KIND},
+            "architecture": {"kind": self.network},
             "class_order": list(self.classes),
             "preprocessing": self.preprocessing,
             "answering": self.answering,
@@ -115,14 +114,16 @@ class Classifier(nn.Module):
             UserError: no such file, none of ours, no classifier, without class order or preprocessing, other weights.
         """
         tensors, header = checkpoints.load(path)
-        if header.get("architecture") != {"kind": KIND}:
-            raise UserError(f"{path} holds no {KIND} classifier.")
+        network = (header.get("architecture") or {}).get("kind")
+        if network not in NETWORKS:
+            raise UserError(f"{path} holds no {' or '.join(NETWORKS)} classifier.")
         classes, preprocessing = header.get("class_order"), header.get("preprocessing") or {}
         if sorted(classes or ()) != sorted(CLASSES):
             raise UserError(f"{path} has class order {classes}; a classifier names all of {', '.join(CLASSES)}.")
         if not {"size", "mean", "std"} <= preprocessing.keys():
             raise UserError(f"{path} does not say size, mean and std of its input: nobody can know how to feed it.")
-        model = cls(preprocessing, classes, settings=header.get("settings"), answering=header.get("answering"))
+        said = {name: header.get(name) for name in ("settings", "answering")}
+        model = cls(preprocessing, classes, network=network, **said)
         try:
             model.load_state_dict(tensors)
         except RuntimeError as error:

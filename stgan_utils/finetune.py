@@ -80,7 +80,18 @@ def fitted_temperature(logits, targets, log_weights=0.0):
     return math.exp(minimize_scalar(cost, bounds=(-3, 3), method="bounded").x)
 
 
-def train(settings, images, labels, train_rows, val_rows, out_dir, prior_rows=None, taught=None, on_epoch=None):
+def train(
+    settings,
+    images,
+    labels,
+    train_rows,
+    val_rows,
+    out_dir,
+    prior_rows=None,
+    taught=None,
+    on_epoch=None,
+    load=load_backbone,
+):
     """Fine-tune on `train_rows`; the weights of the epoch best on `val_rows` go to `out_dir/model.safetensors`.
 
     AdamW, short warm-up, cosine to 0; pretrained layers learn at 0.3 of the head's rate. Judged and saved is the
@@ -102,6 +113,7 @@ def train(settings, images, labels, train_rows, val_rows, out_dir, prior_rows=No
             share, 0 … 1, that the cross-entropy with them has in an image's loss (G. Hinton et al., arXiv:1503.02531).
             Not together with `mix`.
         on_epoch: called with the history after each epoch.
+        load: `backbone.load_backbone` or `backbone.load_lite`: what network it is.
 
     Returns:
         History, a DataFrame with one row an epoch: epoch, train_loss, learning_rate (at the epoch's end),
@@ -119,7 +131,7 @@ def train(settings, images, labels, train_rows, val_rows, out_dir, prior_rows=No
     torch.manual_seed(settings.seed)
     prior_rows = train_rows if prior_rows is None else np.asarray(prior_rows)
     prior = log_prior(targets[prior_rows])
-    model, learnt = _start(settings, prior, place)
+    model, learnt = _start(settings, prior, place, load)
     optimizer = _optimizer(model, settings, 0.3 if learnt else 1.0)
     scaler = torch.amp.GradScaler(place.type, enabled=device.precision(place) is torch.float16)
     steps = min(len(train_rows), settings.epoch_images or len(train_rows)) // settings.batch_size
@@ -212,7 +224,7 @@ def _check_sets(settings, labels, train_rows, val_rows):
         raise UserError("No validation images to choose the best epoch by: enlarge the data or its validation share.")
 
 
-def _start(settings, prior, place):
+def _start(settings, prior, place, load):
     """(the model to begin with, whether it has learnt something before)."""
     if settings.continue_from:
         model = Classifier.load(settings.continue_from)
@@ -220,8 +232,9 @@ def _start(settings, prior, place):
         model.preprocessing = {**model.preprocessing, "size": settings.size}
         name, learnt = model.settings["backbone"], True
     else:
-        pretrained = load_backbone(settings.pretrained)
-        model = Classifier({"size": settings.size, **pretrained.preprocessing}, features=pretrained.features)
+        pretrained = load(settings.pretrained)
+        preprocessing = {"size": settings.size, **pretrained.preprocessing}
+        model = Classifier(preprocessing, features=pretrained.features, network=pretrained.network)
         name, learnt = pretrained.name, pretrained.sha256 is not None
     model.settings = asdict(settings) | {"backbone": name}
     weights = class_weights(settings.accuracy_share, prior)

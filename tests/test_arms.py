@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from stgan_utils import arms, classifier, data, evaluation, files, findings, finetune
-from stgan_utils.backbone import IMAGENET_SCALING
+from stgan_utils.backbone import IMAGENET_SCALING, load_backbone, load_lite
 from stgan_utils.config import UserError
 from stgan_utils.lesions import CLASSES, MINORITY
 
@@ -45,9 +45,10 @@ def run_dir(phantom_dir, tmp_path_factory):
 
 @pytest.fixture(scope="module", autouse=True)
 def small():
-    """Two epochs of 32 px from random weights, two teachers: seconds."""
+    """Two epochs of 32 px from random weights, two teachers of one kind and three of the other: seconds."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(arms, "TEACHERS", 2)
+        kinds = {"mobilenet": (2, load_backbone), "lite2": (3, load_lite)}
+        patch.setattr(arms, "TEACHERS", {name: arms.Teachers(*kind, {"views": 2}) for name, kind in kinds.items()})
         patch.setattr(arms, "RECIPE", {"size": 32, "epochs": 2, "pretrained": "none", "batch_size": 16})
         for name, size in (("release", 48), ("release-160px", 32)):
             patch.setitem(arms.ARMS, name, arms.ARMS[name]._replace(settings={"size": size}))
@@ -170,8 +171,8 @@ def test_refit_takes_every_real_image_and_the_temperature_of_the_split_run(run_d
     arms.train("release", run_dir, 0)
     folder = arms.refit("release", run_dir)
     taught_by = files.read_json(folder / "result.json")["taught_by"]
-    teachers = [f"teachers/part{i}" for i in range(arms.TEACHERS)] + ["release/seed0"]
-    assert list(taught_by) == [f"arms/{name}/model.safetensors" for name in teachers]
+    teachers = [f"teachers/{name}" for name in ("mobilenet-0", "mobilenet-1", "lite2-0", "lite2-1", "lite2-2")]
+    assert list(taught_by) == [f"arms/{name}/model.safetensors" for name in (*teachers, "release/seed0")]
     judged = classifier.Classifier.load(run_dir / "arms" / "release" / "seed0" / "model.safetensors")
     refitted = classifier.Classifier.load(folder / "model.safetensors")
     assert refitted.size == judged.size == 48
@@ -197,7 +198,8 @@ def test_a_taught_arm_hears_of_each_image_only_who_does_not_know_it(run_dir, mon
     teachers = arms.teach(run_dir)
     learnt = np.stack(list(teachers.values()))
     in_train = (table["split"] == "train").to_numpy()
-    assert (learnt.sum(0) == np.where(in_train, arms.TEACHERS - 1, 0)).all()
+    assert (learnt[:2].sum(0) == np.where(in_train, 1, 0)).all()
+    assert (learnt[2:].sum(0) == np.where(in_train, 2, 0)).all()
     for rows in learnt:  # whole lesions, and every class
         assert not set(table["lesion_id"][rows]) & set(table["lesion_id"][in_train & ~rows])
         assert set(table["label"][rows]) == set(CLASSES)
@@ -215,8 +217,9 @@ def test_a_taught_arm_hears_of_each_image_only_who_does_not_know_it(run_dir, mon
     told, share = heard["taught"]
     assert (share == 0.5).all()
     row = int(np.flatnonzero(in_train)[0])
-    (outsider,) = np.flatnonzero(~learnt[:, row])
-    assert np.allclose(told[row], each[outsider, row], atol=1e-5)
+    outsiders = np.flatnonzero(~learnt[:, row])
+    assert [answers[i].network for i in outsiders] == ["mobilenet_v2", "efficientnet_lite2"]
+    assert np.allclose(told[row], each[outsiders, row].mean(0), atol=1e-5)
     assert np.allclose(told[~in_train], each[:, ~in_train].mean(0), atol=1e-5)
 
 

