@@ -13,18 +13,21 @@ from common import write_section
 from views import interval
 
 from stgan_utils import arms, evaluation
+from stgan_utils.finetune import class_weights, log_prior
 from stgan_utils.lesions import CLASSES
 
 
 def table(found, lesions):
     """Markdown: a row a kind of teachers, 95 % intervals over lesions."""
+    shares = pd.Series(class_weights(1, log_prior([CLASSES.index(label) for label in lesions["label"]])))
     lines = ["| teachers | asked about | balanced accuracy | accuracy | AUC | cross-entropy |", "|" + "---|" * 6]
     for split, rows in lesions.groupby("split").groups.items():
         for name, answers in found.items():
             proba = pd.DataFrame(answers[rows], columns=list(CLASSES))
             truth = lesions.loc[rows, "label"].to_numpy()
             figures = evaluation.evaluate(truth, proba, lesions.loc[rows, "lesion_id"])["metrics"]
-            right = proba.to_numpy()[np.arange(len(rows)), proba.columns.get_indexer(truth)]
+            natural = (proba * shares).div((proba * shares).sum(axis=1), axis=0).to_numpy()
+            right = natural[np.arange(len(rows)), proba.columns.get_indexer(truth)]
             cells = [interval(figures[key]) for key in ("balanced_accuracy", "accuracy", "macro_auc")]
             lines.append(f"| {name} | {split} | {' | '.join(cells)} | {-np.log(right).mean():.3f} |")
     return "\n".join(lines)
@@ -46,7 +49,8 @@ def main():
     found = {name: arms.answers_of_others(files, real) for name, files in (kinds | {"all": networks}).items()}
     body = f"""
 Balanced answers of networks to real lesions that they have not learnt from: of each kind one network for a lesion of
-the train split, all of them for one of the validation split.
+the train split, all of them for one of the validation split. The cross-entropy is that of the answers with the
+classes' shares put back, lower is better.
 
 {table(found, real[real["split"].isin(("train", "val"))])}
 """
