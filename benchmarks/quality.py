@@ -4,7 +4,8 @@ The first perceptual distance named is the reference, in float32 and with the pa
 as in FastGAN's public code. The others compute as we do, in bf16 where the processor has it. Each training has a
 process of its own; they take turns. Judged by KID to held-out real images, which none has learnt from: with
 INCEPTION_WEIGHTS in the features of Inception-v3, which no distance here is taken in. A cheaper distance goes through
-more iterations in the same time: `--iterations 600 1200` gives each distance its own.
+more iterations in the same time: `--iterations 600 1200` gives each distance its own. `--perceptual mobilenet
+mobilenet` shows what bf16 alone costs.
 Needs a folder of HAM10000, named by the environment variable HAM10000_DIR.
 """
 
@@ -65,15 +66,14 @@ def kept(folder, settings, exact, *args):
         return {"made": found["made"], "precision": str(found["precision"]), "seconds": float(found["seconds"])}
 
 
-def compared_by_seed(kids):
-    """Lines on each distance beside the first one, seed by seed, from {distance: KIDs, one a seed}."""
-    reference, *others = kids
-    for other in others:
-        differences = np.subtract(kids[other], kids[reference])
+def compared_by_seed(names, kids):
+    """Lines on each kind of training beside the first one, seed by seed, from their names and KIDs, one a seed."""
+    for other, found in zip(names[1:], kids[1:], strict=True):
+        differences = np.subtract(found, kids[0])
         reach = sem(differences) * student_t.ppf(0.975, len(differences) - 1)
         mean = differences.mean()
         interval = f"{mean:+.4f} ({mean - reach:+.4f} … {mean + reach:+.4f}; Student's t, {len(differences)} pairs)"
-        yield f"{other} less {reference}, seed by seed: {interval}."
+        yield f"{other} less {names[0]}, seed by seed: {interval}."
 
 
 def main():
@@ -107,23 +107,24 @@ def main():
     learnt, held_out = np.asarray(images[learns]), np.asarray(images[~learns])[:JUDGED]
     extractor = feature_extractor()
     lines = ["| distance, precision | iterations | seed | KID (95 % interval) | minutes |", "|---|---|---|---|---|"]
-    kids = {perceptual: [] for perceptual in args.perceptual}
+    names, kids = list(args.perceptual), [[] for _ in args.perceptual]
     for seed in range(args.seeds):
-        for perceptual, iterations in zip(args.perceptual, lengths, strict=True):
-            exact = perceptual == args.perceptual[0]
+        for kind, (perceptual, iterations) in enumerate(zip(args.perceptual, lengths, strict=True)):
+            exact = kind == 0
             settings = {"size": args.size, "ngf": args.ngf, "iterations": iterations, "perceptual": perceptual}
             run = kept(args.keep, settings | {"seed": seed}, exact, learnt, len(held_out))
             found = kid(extractor(held_out), extractor(run["made"]), seed)
             shown = "{kid:.4f} ({low:.4f} … {high:.4f})".format(**found)
-            cells = (f"{perceptual}, {run['precision']}", f"{iterations:,}", seed, shown, f"{run['seconds'] / 60:.1f}")
+            names[kind] = f"{perceptual}, {run['precision']}"
+            cells = (names[kind], f"{iterations:,}", seed, shown, f"{run['seconds'] / 60:.1f}")
             lines.append(f"| {' | '.join(map(str, cells))} |")
             print(lines[-1], flush=True)
-            kids[perceptual].append(found["kid"])
-    for (perceptual, of), iterations in zip(kids.items(), lengths, strict=True):
+            kids[kind].append(found["kid"])
+    for name, of, iterations in zip(names, kids, lengths, strict=True):
         spread = f"{np.mean(of):.4f} ({min(of):.4f} – {max(of):.4f}, lowest and highest)"
-        lines.append(f"| {perceptual} | {iterations:,} | all | {spread} | |")
+        lines.append(f"| {name} | {iterations:,} | all | {spread} | |")
     if args.seeds > 1:
-        lines += ["", *compared_by_seed(kids)]
+        lines += ["", *compared_by_seed(names, kids)]
     body = f"""
 Stage 1 on {len(learnt):,} real training images, {args.size} px, width {args.ngf}, batch {Stage1Settings.batch_size};
 KID in the features of {extractor.name}, {len(held_out):,} generated images against as many held-out real ones, lower
