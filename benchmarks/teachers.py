@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+from answers import weighed
 from common import write_section
 from views import interval
 
@@ -19,15 +20,14 @@ from stgan_utils.lesions import CLASSES
 
 def table(found, lesions):
     """Markdown: a row a kind of teachers, 95 % intervals over lesions."""
-    shares = pd.Series(class_weights(1, log_prior([CLASSES.index(label) for label in lesions["label"]])))
+    shares = class_weights(1, log_prior([CLASSES.index(label) for label in lesions["label"]]))
     lines = ["| teachers | asked about | balanced accuracy | accuracy | AUC | cross-entropy |", "|" + "---|" * 6]
     for split, rows in lesions.groupby("split").groups.items():
         for name, answers in found.items():
             proba = pd.DataFrame(answers[rows], columns=list(CLASSES))
             truth = lesions.loc[rows, "label"].to_numpy()
             figures = evaluation.evaluate(truth, proba, lesions.loc[rows, "lesion_id"])["metrics"]
-            natural = (proba * shares).div((proba * shares).sum(axis=1), axis=0).to_numpy()
-            right = natural[np.arange(len(rows)), proba.columns.get_indexer(truth)]
+            right = weighed(proba, 1, shares).to_numpy()[np.arange(len(rows)), proba.columns.get_indexer(truth)]
             cells = [interval(figures[key]) for key in ("balanced_accuracy", "accuracy", "macro_auc")]
             lines.append(f"| {name} | {split} | {' | '.join(cells)} | {-np.log(right).mean():.3f} |")
     return "\n".join(lines)
