@@ -58,7 +58,7 @@ PROFILES = {
         "stage1": {
             "size": 128,
             "ngf": 16,
-            "iterations": 3000,
+            "iterations": 6000,
             "perceptual": "mobilenet",
             "checkpoint_every": 250,
             "sample_every": 250,
@@ -73,7 +73,7 @@ PROFILES = {
             "perceptual": "mobilenet",
             "checkpoint_every": 50,
             "sample_every": 50,
-            "evaluate_every": 50,
+            "evaluate_every": 100,
             "generate": 400,
             "ablation_iterations": 100,
         },
