@@ -276,14 +276,17 @@ def _arm(name):
 
 
 def made_of(name, run_dir):
-    """{step: its fingerprint} of those steps of the run whose outcome an arm is made of."""
+    """{step: its fingerprint} of those steps of the run whose outcome an arm is made of, and how its teachers are."""
     arm = _arm(name)
     uses = {
         "00_start_here": True,
         "01_baseline": arm.synthetic == "filtered" or arm.taught == "generated",
         "04_deduplicate": bool(arm.synthetic),
     }
-    return runs.fingerprints(run_dir, [step for step, used in uses.items() if used])
+    found = runs.fingerprints(run_dir, [step for step, used in uses.items() if used])
+    if arm.taught == "half":
+        found["teachers"] = {kind: [each.parts, each.settings] for kind, each in TEACHERS.items()}
+    return found
 
 
 def _taught(arm, run_dir, table):

@@ -33,7 +33,7 @@ def read_header(path):
     """The JSON header of one of our files.
 
     Raises:
-        UserError: no such file, or it is damaged or not ours.
+        UserError: no such file, or it is damaged, not ours or of another format.
     """
     return _open(path)[1]
 
@@ -53,6 +53,10 @@ def _open(path):
         header = json.loads((file.metadata() or {})["header"])
     except (SafetensorError, KeyError, ValueError, OSError) as error:
         raise UserError(f"{path} is damaged or no checkpoint of this package ({error}).") from None
+    if (found := header.get("format")) != FORMAT:
+        raise UserError(
+            f"{path} has the format {found!r}, this version reads {FORMAT!r}: take the version that wrote it."
+        )
     return file, header
 
 

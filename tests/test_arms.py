@@ -216,6 +216,10 @@ def test_a_taught_arm_hears_of_each_image_only_who_does_not_know_it(run_dir, mon
     each = np.stack([model.predict_proba(pictures)[list(CLASSES)] for model in answers])
     told, share = heard["taught"]
     assert (share == 0.5).all()
+    other = {name: kind._replace(settings={"views": 1}) for name, kind in arms.TEACHERS.items()}
+    with monkeypatch.context() as patch, pytest.raises(UserError, match="or before 00_start_here or teachers"):
+        patch.setattr(arms, "TEACHERS", other)
+        arms.train("release", run_dir, 0)
     row = int(np.flatnonzero(in_train)[0])
     outsiders = np.flatnonzero(~learnt[:, row])
     assert [answers[i].network for i in outsiders] == ["mobilenet_v2", "efficientnet_lite2"]

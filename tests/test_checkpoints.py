@@ -112,6 +112,16 @@ def test_safetensors_that_hold_something_else(networks, tmp_path):
         checkpoints.load_generator(path)
 
 
+def test_a_file_of_another_format(networks, tmp_path, monkeypatch):
+    path = tmp_path / "g.safetensors"
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoints, "FORMAT", "stgan-2")
+        checkpoints.save_generator(path, networks[0], {})
+        assert checkpoints.read_header(path)["format"] == "stgan-2"
+    with pytest.raises(UserError, match="has the format 'stgan-2', this version reads 'stgan-1'"):
+        checkpoints.load_generator(path)
+
+
 @pytest.mark.parametrize("change", ["missing", "left over", "shape"])
 def test_ours_with_other_tensors(networks, tmp_path, change):
     path = tmp_path / "g.safetensors"
