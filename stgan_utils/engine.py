@@ -71,13 +71,15 @@ def run_all(tasks, engine):
         while running or (waiting and not failures):
             pending = {task.name for task in (*waiting, *running.values())}
             ready = [] if failures else [task for task in waiting if not pending & set(task.needs)]
-            for task in ready[: engine.room - len(running)]:
+            if ready and len(running) < engine.room:  # one at a time: a skipped one takes no room
+                task = ready[0]
                 waiting.remove(task)
                 if task.done():
                     engine.say(task, "done before, skipped")
                 else:
                     running[engine.submit(task)] = task
-            for handle in engine.wait(running) if running else ():
+                continue
+            for handle in engine.wait(running):
                 task = running.pop(handle)
                 try:
                     engine.say(task, f"done in {engine.result(handle):.0f} s")

@@ -2,6 +2,8 @@
 
 import os
 import signal
+import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import psutil
 import pytest
@@ -56,3 +58,27 @@ def killed():
 def test_a_process_that_dies_is_one_sentence():
     with pytest.raises(StepFailed, match="A process died, most often for want of memory"):
         run_all([Task("arm", killed, ())], Processes(1))
+
+
+class Threads(Processes):
+    """Tasks as threads, which can share an event."""
+
+    def __init__(self, jobs):
+        self.room, self._pool = jobs, ThreadPoolExecutor(jobs)
+
+    def call(self, environment, work, arguments):
+        return self._pool.submit(lambda: work(*arguments) or 0)
+
+
+def test_a_task_that_is_done_leaves_its_place_to_the_next(capsys):
+    """Two places: while the first task still works, the second is skipped and the third runs."""
+    third_ran = threading.Event()
+    tasks = [
+        Task("first", third_ran.wait, (30,)),
+        Task("second", print, (), done=lambda: True),
+        Task("third", third_ran.set, (), needs=("second",)),
+    ]
+    run_all(tasks, Threads(2))
+    said = [line.split("  ")[1] for line in capsys.readouterr().out.splitlines()]
+    assert said[:3] == ["first: started", "second: done before, skipped", "third: started"]
+    assert said[3].startswith("third: done")
