@@ -65,8 +65,9 @@ def _pictures(generators):
         caption = f"Eight each, none picked; from the top: {', '.join(names)}."
         yield f"![Eight images from each generator](samples.png)\n*{caption}*"
         yield (
-            "Stage 1 is one FastGAN for all seven classes (generator and discriminator); Stage 2 is one generator per "
-            "class, trained from Stage 1 with Freeze-D and Barlow Twins."
+            "Stage 1 is one FastGAN for all seven classes (generator and discriminator), at its *nearest* iteration. "
+            "Stage 2 is one generator per class, trained with Freeze-D and Barlow Twins from Stage 1's *last* one. "
+            "A class drawn by Stage 1 has that last one too: hence two KIDs for it below."
         )
 
 

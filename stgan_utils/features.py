@@ -24,11 +24,11 @@ class FeatureExtractor:
     """Turns images into feature vectors; made by `feature_extractor`.
 
     `name` is the feature space as every figure must call it, `dim` the number of features D, `note` a sentence on what
-    figures in this space compare with.
+    figures in this space compare with, `file` what the weights were read from, None for random ones.
     """
 
-    def __init__(self, name, dim, note, network):
-        self.name, self.dim, self.note = name, dim, note
+    def __init__(self, name, dim, note, network, file=None):
+        self.name, self.dim, self.note, self.file = name, dim, note, file
         self._network = network.eval().requires_grad_(False)
         # Distance, diversity and memorisation ask for the same few sets one after another.
         self._recent = OrderedDict()
@@ -70,10 +70,10 @@ def feature_extractor(kind="auto", baseline=None):
         path = Path(named) if named else backbone.hub_file(URL_INCEPTION_V3)
         if path or kind == "inception":
             note = "Inception-v3 features: figures compare with published ones that are of as many images."
-            return FeatureExtractor("Inception-v3", 2048, note, _inception(path))
+            return FeatureExtractor("Inception-v3", 2048, note, _inception(path), path)
     if kind == "mobilenet" or (kind == "auto" and backbone.pretrained_source()):
         model = backbone.load_backbone(required=True)
-        name = model.name
+        name, file = model.name, backbone.pretrained_source().path
         note = "Figures compare with figures of the same network, not with published ones (Inception-v3)."
     elif kind == "baseline" or (kind == "auto" and baseline):
         if not baseline:
@@ -81,15 +81,15 @@ def feature_extractor(kind="auto", baseline=None):
         from stgan_utils.classifier import Classifier
 
         model = Classifier.load(baseline)
-        name = "MobileNetV2 (this run's baseline)"
+        name, file = "MobileNetV2 (this run's baseline)", baseline
         note = "Features of a classifier trained in this run: figures compare only within this run."
     else:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
             model = backbone.load_backbone("none")
-        name = "MobileNetV2 (random weights, seed 0)"
+        name, file = "MobileNetV2 (random weights, seed 0)", None
         note = "Features of an untrained network: figures compare only with each other, and say little of what is seen."
-    return FeatureExtractor(name, backbone.CHANNELS, note, _Pooled(model.features, model.preprocessing))
+    return FeatureExtractor(name, backbone.CHANNELS, note, _Pooled(model.features, model.preprocessing), file)
 
 
 def _inception(path):

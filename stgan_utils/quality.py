@@ -91,6 +91,13 @@ class DistanceToReal:
         return {"kid": result["kid"], "kid_low": result["low"], "kid_high": result["high"]}
 
 
+def summary(history):
+    """What a training's `quality.csv` comes to: {"kid_start", "kid_best", "kid_best_iteration", "kid_end"}, floats."""
+    best = history.loc[history["kid"].idxmin()]
+    found = {"start": history["kid"].iloc[0], "best": best["kid"], "best_iteration": best["iteration"]}
+    return {f"kid_{name}": float(value) for name, value in (found | {"end": history["kid"].iloc[-1]}).items()}
+
+
 def fid(real_features, fake_features):
     """Fréchet distance of two Gaussians fitted to the features (M. Heusel et al., NeurIPS 2017), by torch-fidelity.
 

@@ -191,19 +191,26 @@ def test_random_features_repeat_and_leave_the_generator_alone(noise):
     np.testing.assert_array_equal(first(noise), second(noise))
 
 
+def test_a_training_is_summed_up_by_its_nearest_iteration():
+    history = pd.DataFrame({"iteration": [0, 50, 100], "kid": [0.4, 0.1, 0.2]})
+    expected = {"kid_start": 0.4, "kid_best": 0.1, "kid_best_iteration": 50, "kid_end": 0.2}
+    assert quality.summary(history) == expected
+
+
 def test_auto_takes_the_baseline_where_nothing_is_pretrained(monkeypatch, tmp_path, noise):
     from stgan_utils.classifier import Classifier
 
     monkeypatch.setattr(backbones, "pretrained_source", lambda: None)
     monkeypatch.delenv("INCEPTION_WEIGHTS", raising=False)
     monkeypatch.setattr(backbones, "hub_file", lambda url: None)
-    assert "random" in spaces.feature_extractor().name
+    random = spaces.feature_extractor()
+    assert "random" in random.name and random.file is None
     torch.manual_seed(1)
     model = Classifier({"size": 64, "mean": [0.5] * 3, "std": [0.5] * 3})
     update_bn([torch.from_numpy(noise)], model)  # or random weights give next to nothing, whatever the scaling
     model.save(tmp_path / "model.safetensors")
     extractor = spaces.feature_extractor(baseline=tmp_path / "model.safetensors")
-    assert "baseline" in extractor.name
+    assert "baseline" in extractor.name and extractor.file == tmp_path / "model.safetensors"
     batch = torch.nn.functional.interpolate(
         torch.from_numpy(noise).permute(0, 3, 1, 2) / 255, size=128, mode="bilinear", antialias=True
     )
