@@ -96,7 +96,8 @@ def train(
 
     AdamW, short warm-up, cosine to 0; pretrained layers learn at 0.3 of the head's rate. Judged and saved is the
     moving average of the weights; the temperature is fitted on `val_rows` at the end. After each epoch a checkpoint is
-    written: called again, a killed run goes on and ends the same bit for bit (on the CPU). Torch's global generator is
+    written: called again, a killed run goes on and ends the same bit for bit (on the CPU), and a finished one is left as
+    it is. Torch's global generator is
     seeded.
 
     Args:
@@ -155,6 +156,9 @@ def train(
         answers, share = (torch.from_numpy(np.asarray(part, np.float32)) for part in taught)
         run["taught"] = zlib.crc32(answers.numpy().tobytes() + share.numpy().tobytes())
     history = _resume(out_dir / CHECKPOINT_FILE, run, model, average, optimizer)
+    if len(history) == settings.epochs and (out_dir / HISTORY_FILE).exists():
+        # Only looked at: on another processor the temperature differs in its last digits, and the file with it.
+        return pd.DataFrame(history)
     for epoch in range(len(history), settings.epochs):
         # What an epoch draws depends on its number alone: a resumed run needs no generator's state.
         torch.manual_seed(settings.seed * 100_003 + epoch + 1)
@@ -300,10 +304,9 @@ def _validate(model, images, labels, rows):
 
 def _calibrate(path, images, targets, val_rows, place):
     model = Classifier.load(path).to(place)
-    temperature = fitted_temperature(model.logits(images, val_rows), targets[val_rows], model.log_weights)
-    if model.answering["temperature"] != temperature:  # else a finished run is only looked at
-        model.answering["temperature"] = temperature
-        model.save(path)
+    logits = model.logits(images, val_rows)
+    model.answering["temperature"] = fitted_temperature(logits, targets[val_rows], model.log_weights)
+    model.save(path)
 
 
 def _stop_at_nan(number, epoch, step, out_dir):

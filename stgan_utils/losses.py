@@ -13,8 +13,10 @@ from stgan_utils.config import UserError
 def hinge_d_loss(real_logits, fake_logits):
     """What the discriminator minimises on real and on generated images: two scalars.
 
-    max(0, m ∓ D) with the margin m drawn from [0.8, 1) a logit: FastGAN's softened hinge. High logits mean real.
+    max(0, m ∓ D) with the margin m drawn from [0.8, 1) a logit: FastGAN's softened hinge. High logits mean real. In
+    float32 whatever the logits are in, as below: the scale of fp16's gradients, 65,536, is more than fp16 can hold.
     """
+    real_logits, fake_logits = real_logits.float(), fake_logits.float()
 
     def margin(logits):
         return 0.8 + 0.2 * parallel.drawn_like(torch.rand_like, logits)
@@ -26,7 +28,7 @@ def hinge_d_loss(real_logits, fake_logits):
 
 def hinge_g_loss(fake_logits):
     """What the generator minimises: -mean D(G(z))."""
-    return -fake_logits.mean()
+    return -fake_logits.float().mean()
 
 
 class Projector(nn.Sequential):

@@ -311,6 +311,21 @@ def test_killed_and_resumed_ends_bit_identical(tmp_path):
         finetune.train(SETTINGS, 255 - images, *sets[1:], tmp_path / "killed")
 
 
+def test_a_finished_training_stays_as_it_is_on_another_processor(tmp_path, monkeypatch):
+    """Where scores differ in their last digits the temperature would: another file, and every later step refused."""
+    images, labels = toy(64)
+    run = replace(SETTINGS, epochs=1), images, labels, np.arange(49), np.arange(49, 64), tmp_path
+    finetune.train(*run)
+    before = (tmp_path / finetune.MODEL_FILE).read_bytes()
+    with monkeypatch.context() as patch:
+        patch.setattr(finetune, "fitted_temperature", lambda *args: 1.5)
+        finetune.train(*run)
+        assert (tmp_path / finetune.MODEL_FILE).read_bytes() == before
+        (tmp_path / finetune.HISTORY_FILE).unlink()  # killed before the temperature was found: that is still to do
+        finetune.train(*run)
+    assert clf.Classifier.load(tmp_path / finetune.MODEL_FILE).answering["temperature"] == 1.5
+
+
 def test_goes_on_with_a_file_of_another_class_order(tmp_path):
     """The labels must meet the outputs by name: the same network goes the same way, however its file orders them."""
     images, labels = toy(64)

@@ -21,6 +21,13 @@ def test_hinge_is_the_plain_sum():
     assert hinge_g_loss(fake).item() == pytest.approx(-fake.numpy().mean(), rel=1e-5)
 
 
+def test_hinge_of_half_precision_logits_bears_the_first_scale_of_fp16():
+    logits = torch.randn(2, 50, dtype=torch.float16, requires_grad=True)
+    for loss in (*hinge_d_loss(logits, logits), hinge_g_loss(logits)):
+        (gradient,) = torch.autograd.grad(torch.amp.GradScaler("cpu").scale(loss), logits)
+        assert loss.dtype is torch.float32 and gradient.isfinite().all() and gradient.any()
+
+
 def test_hinge_signs_and_margin_bounds():
     one = torch.ones(100, 100)
     real, fake = hinge_d_loss(one, -one)  # confidently right: nothing to learn
