@@ -42,8 +42,8 @@ def load_dataset(source, on_bad="error", bad_csv=None, phantom=PHANTOM):
 
     Columns: `image_id, lesion_id, label` (one of `CLASSES`), `path` (str, absolute) and, where the layout has them,
     `age, sex, localization, dx_type, dataset, synthetic` (True: made by a GAN). Every image has been decoded once.
-    Where a layout has no lesion ids, identical files count as one lesion, and every other image as its own: a warning
-    says so (`has_lesion_ids`).
+    Lesions that have an identical file in common count as one. Where a layout has no lesion ids, every other image
+    counts as its own: a warning says so (`has_lesion_ids`).
 
     Args:
         source: "phantom", or a folder (or the one file that describes the dataset) in a layout of `layouts.py`.
@@ -116,12 +116,21 @@ def _read(source, phantom=PHANTOM):
     unknown = ~table["label"].isin(CLASSES)
     problem[unknown] = "unknown label " + table["label"][unknown]
 
-    alone = table["image_id"].groupby(digest.where(digest != "", table["image_id"])).transform("min")
-    table["lesion_id"] = table["lesion_id"].fillna(table["image_id"]) if "lesion_id" in table else alone
+    known = table["lesion_id"] if "lesion_id" in table else pd.Series(np.nan, table.index, object)
+    table["lesion_id"] = _joined(known.fillna(table["image_id"]), digest.where(digest != "", table["image_id"]))
     columns = ["image_id", "lesion_id", "label", "path", *(column for column in EXTRAS if column in table)]
     good = table.loc[problem == "", columns].sort_values("image_id", ignore_index=True)
     bad = table.assign(problem=problem).loc[problem != "", ["image_id", "label", "path", "problem"]]
     return layout, good, bad.sort_values(["problem", "image_id"], ignore_index=True)
+
+
+def _joined(lesion_ids, digests):
+    """Lesion ids in which lesions that have a file in common are one, named by the first of their ids."""
+    while True:
+        joined = lesion_ids.groupby(digests).transform("min").groupby(lesion_ids).transform("min")
+        if joined.equals(lesion_ids):
+            return joined
+        lesion_ids = joined
 
 
 def _is_unicode(text):
@@ -270,7 +279,8 @@ def read_table(path):
 def image_cache(table, size, folder=None):
     """The table's images, decoded once: uint8 (N, size, size, 3), RGB, memory-mapped, in the table's row order.
 
-    Of each image its largest central square, scaled (bicubic, antialiased): round stays round, whatever the format. The
+    Of each image, upright, its largest central square, scaled (bicubic, antialiased): round stays round, whatever the
+    format. The
     file is named by the content of every image file, so a changed image is noticed; another process that makes the same
     file at the same time does no harm.
 
@@ -286,7 +296,7 @@ def image_cache(table, size, folder=None):
     facts = _file_facts(paths)
     if bad := [path for path in paths if not facts.get(path)]:
         raise UserError(f"{len(bad)} image(s) are missing or unreadable ({_named(bad)}); load the dataset again.")
-    content = "\n".join(["central square", str(size), *(facts[path] for path in paths)])
+    content = "\n".join(["upright central square", str(size), *(facts[path] for path in paths)])
     key = hashlib.sha256(content.encode()).hexdigest()
     file = Path(folder or cache_folder()) / f"images-{size}px-{key[:16]}.npy"
     if not file.exists():
@@ -311,8 +321,8 @@ def load_images(paths, size):
 
 
 def _check_mode(image):
-    if image.mode == "F":
-        raise ValueError("floating-point pixels, whose range nobody knows")  # converted, 0 … 1 would all be black
+    if image.mode == "F" or (image.mode == "I" and image.format != "PNG"):  # an older Pillow's name for 16 bits in PNG
+        raise ValueError("pixels of 32 bits, whose range nobody knows")  # converted, 0 … 1 would all be black
 
 
 def _decode(path, size):
@@ -320,7 +330,8 @@ def _decode(path, size):
         _check_mode(image)
         if image.mode.startswith("I"):  # 16 bits of grey, which Pillow would cut off at 255
             image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
-        return ImageOps.fit(image.convert("RGB"), (size, size), Image.Resampling.BICUBIC).tobytes()
+        upright = ImageOps.exif_transpose(image)  # a camera stores how it was held, and turns no pixel
+        return ImageOps.fit(upright.convert("RGB"), (size, size), Image.Resampling.BICUBIC).tobytes()
 
 
 def check(source, phantom=PHANTOM):
@@ -332,6 +343,9 @@ def check(source, phantom=PHANTOM):
         UserError: no such folder, or an unknown layout.
     """
     layout, table, bad = _read(source, phantom)
+    facts = _file_facts(table["path"])
+    same = table.groupby(table["path"].map(facts))["image_id"].agg(list)
+    same = same[same.str.len() > 1]
     torn = _two_labels(table)
     table = split_by_lesion(table[~table["lesion_id"].isin(torn)])
     counts = pd.crosstab(table["label"], table["split"]).reindex(index=CLASSES, columns=SPLITS, fill_value=0)
@@ -339,9 +353,6 @@ def check(source, phantom=PHANTOM):
     counts.insert(1, "images", counts[list(SPLITS)].sum(axis=1))
     counts.loc["all"] = counts.sum()
 
-    facts = _file_facts(table["path"])
-    same = table.groupby(table["path"].map(facts))["image_id"].agg(list)
-    same = same[same.str.len() > 1]
     images = table["lesion_id"].value_counts()
     several = images[images > 1]
     # Chance that a lesion's images, dealt one by one, do not all land in the same split.

@@ -96,9 +96,8 @@ def train(
 
     AdamW, short warm-up, cosine to 0; pretrained layers learn at 0.3 of the head's rate. Judged and saved is the
     moving average of the weights; the temperature is fitted on `val_rows` at the end. After each epoch a checkpoint is
-    written: called again, a killed run goes on and ends the same bit for bit (on the CPU), and a finished one is left as
-    it is. Torch's global generator is
-    seeded.
+    written: called again, a killed run goes on and ends the same bit for bit (on the CPU), a finished one is left as it
+    is. Torch's global generator is seeded.
 
     Args:
         settings: `ClassifierSettings`.

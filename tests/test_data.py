@@ -337,6 +337,18 @@ def test_without_lesion_ids_nothing_is_promised(tmp_path):
     assert "lesions with several images: not known" in report and "split by lesion none" not in report
 
 
+def test_lesions_with_a_file_in_common_are_one(tmp_path):
+    """Whatever the ids say: or a training image would stand in the test split as well."""
+    root = kaggle(tmp_path, images=42)
+    paths = data.load_dataset(root).set_index("image_id")["path"]
+    # The lesions 0, 7 and 14, of one class: the middle one has a file in common with each of the others.
+    shutil.copyfile(paths["ISIC_0000000"], paths["ISIC_0000014"])
+    shutil.copyfile(paths["ISIC_0000028"], paths["ISIC_0000015"])
+    lesions = data.load_dataset(root).set_index("image_id")["lesion_id"]
+    assert set(lesions[[f"ISIC_{number:07d}" for number in (0, 1, 14, 15, 28, 29)]]) == {"HAM_0000000"}
+    assert lesions.nunique() == 21 - 2
+
+
 def test_a_name_that_is_not_utf_8_is_a_bad_image(tmp_path):
     for number in range(4):
         picture(tmp_path / CLASSES[number % 2] / f"{number}.jpg", number)
@@ -362,13 +374,18 @@ def test_content_is_what_the_images_show_wherever_they_lie(tmp_path):
 def test_check_counts_what_would_leak(tmp_path):
     folder = kaggle(tmp_path / "data", images=28)
     images = sorted(folder.rglob("*.jpg"))
-    shutil.copy(images[0], images[1])
+    shutil.copy(images[0], images[7])  # of another lesion of that class: one lesion, then
     report = data.check(folder)
-    # 14 pairs; a pair stays together with chance 0.7² + 0.15² + 0.15² = 0.535
-    assert f"lesions with several images: 14; a random split by image would put about {14 * 0.465:.0f} " in report
-    assert f"identical files: 1 group(s) ({images[0].stem} = {images[1].stem})" in report
+    # A pair stays together with chance 0.7² + 0.15² + 0.15² = 0.535, the four images with 0.241.
+    expected = 12 * 0.465 + 0.759
+    assert f"lesions with several images: 13; a random split by image would put about {expected:.0f} " in report
+    assert f"identical files: 1 group(s) ({images[0].stem} = {images[7].stem})" in report
+    assert "images of two classes: 0" in report
     line = next(line for line in report.splitlines() if line.startswith("MEL"))
     assert line.split()[1:3] == ["2", "4"]
+    shutil.copy(images[0], images[1])  # of another class: nobody knows which one is right
+    report = data.check(folder)
+    assert "images of two classes: 1 (HAM_0000000)" in report and "identical files: 1 group(s)" in report
 
 
 @pytest.mark.parametrize("column", ["dx", "lesion_id", "image_id"])
@@ -459,11 +476,26 @@ def test_grey_of_16_bits_keeps_its_shades(tmp_path):
     np.testing.assert_array_equal(images, np.stack([shades >> 8] * 3, axis=-1)[None].repeat(2, 0))
 
 
-def test_floating_point_pixels_are_refused_rather_than_black(tmp_path):
+def test_an_image_is_seen_as_its_camera_was_held(tmp_path):
+    drawn = np.zeros((12, 8, 3), np.uint8)
+    drawn[:4] = 255, 0, 0
+    upright = Image.fromarray(drawn)
+    orientation = Image.Exif()
+    orientation[0x0112] = 6  # to be turned clockwise
+    upright.save(tmp_path / "upright.png")
+    upright.transpose(Image.Transpose.ROTATE_90).save(tmp_path / "turned.png", exif=orientation)
+    images = data.load_images([tmp_path / "upright.png", tmp_path / "turned.png"], 8)
+    np.testing.assert_array_equal(*images)
+    assert images[0][0].any()
+
+
+def test_pixels_of_32_bits_are_refused_rather_than_black(tmp_path):
     table = data.load_dataset(kaggle(tmp_path / "data"))
     Image.fromarray(np.full((8, 8), 0.5, np.float32)).save(tmp_path / "float.tif")
-    with pytest.raises(ValueError, match="floating-point"):
-        data.load_images([tmp_path / "float.tif"], 8)
+    Image.fromarray(np.full((8, 8), 200, np.int32)).save(tmp_path / "integer.tif")
+    for name in ("float.tif", "integer.tif"):
+        with pytest.raises(ValueError, match="32 bits"):
+            data.load_images([tmp_path / name], 8)
     with pytest.raises(UserError, match=r"unreadable \(.*float\.tif"):
         data.image_cache(table.assign(path=str(tmp_path / "float.tif")), 8)
 
