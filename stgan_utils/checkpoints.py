@@ -113,10 +113,12 @@ def convert(source, target):
     """Write FastGAN's own file as one of ours: live generator, averaged one and discriminator, whichever it has.
 
     Raises:
-        UserError: as `load_generator`; or `target` does not end in `.safetensors`.
+        UserError: as `load_generator`; or `target` does not end in `.safetensors`, or `source` does.
     """
     if not str(target).endswith(".safetensors"):
         raise UserError(f"{target} would not be recognised again: let its name end in .safetensors.")
+    if str(source).endswith(".safetensors"):
+        raise UserError(f"{source} is one of our files already: there is nothing to convert.")
     contents, generator = _load_pickle(source), load_generator(source, ema=False)
     tensors = prefixed("generator", generator.state_dict())
     if "g_ema" in contents:

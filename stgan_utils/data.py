@@ -15,12 +15,13 @@ from tqdm.auto import tqdm
 
 from stgan_utils import phantom as phantom_images
 from stgan_utils.config import DataSettings, UserError
-from stgan_utils.files import atomic_path, sha256, write_json
+from stgan_utils.files import atomic_path, sha256, shown, write_json
 from stgan_utils.layouts import EXTRAS, read_layout
 from stgan_utils.lesions import CLASSES
 
 SPLITS = ("train", "val", "test")
 FRACTIONS = (0.70, 0.15, 0.15)
+NO_IMAGES = "{} holds no image that can be used; check that the images lie below this folder."
 NO_LESION_IDS = (
     "does not say which images show the same lesion: some may be in two splits, which flatters test figures."
 )
@@ -60,7 +61,7 @@ def load_dataset(source, on_bad="error", bad_csv=None, phantom=PHANTOM):
     if on_bad == "error" and len(bad):
         raise UserError(
             f"{source}: {len(bad)} image(s) cannot be used: {'; '.join(_by_problem(bad))}. "
-            "`data check` lists them all. Mend them, or leave them out with on_bad='skip'."
+            "`data check` lists them all. Mend them, or leave them out with on_bad='skip' (`run … -p on_bad skip`)."
         )
     if on_bad == "skip":
         bad_csv = Path(bad_csv or "bad_images.csv")
@@ -71,7 +72,7 @@ def load_dataset(source, on_bad="error", bad_csv=None, phantom=PHANTOM):
                 f"{len(bad)} image(s) left out, listed in {bad_csv}: {'; '.join(_by_problem(bad))}", stacklevel=2
             )
     if not len(table):
-        raise UserError(f"{source} holds no image that can be used; check that the images lie below this folder.")
+        raise UserError(NO_IMAGES.format(source))
     if not has_lesion_ids(table):
         warnings.warn(f"{source} {NO_LESION_IDS}", stacklevel=2)
     return table
@@ -95,9 +96,11 @@ def _read(source, phantom=PHANTOM):
             phantom_images.write_dataset(source, count, size, seed)
     layout, table = read_layout(source, cache_folder())
     layout = "the embedded dataset, drawn" if drawn else layout
-    labels = [_shown(label) for label in table["label"]]
+    if not len(table):
+        raise UserError(NO_IMAGES.format(source))
+    labels = [shown(label) for label in table["label"]]
     table["label"] = [label.strip().upper() if label.strip().upper() in CLASSES else label for label in labels]
-    named = table["path"].map(_is_unicode)  # a zip archive of Windows may unpack into names that no CSV file can hold
+    named = table["path"] == table["path"].map(shown)  # an archive of Windows may hold names that no CSV file can
     facts = _file_facts(table["path"][named])
     digest = table["path"].map(lambda path: facts.get(path, ""))
 
@@ -105,13 +108,14 @@ def _read(source, phantom=PHANTOM):
     repeated = table.duplicated("image_id") | (table.groupby("image_id")["label"].transform("nunique") > 1)
     problem = pd.Series("", index=table.index)
     if "synthetic" in table:
+        table["synthetic"] = _yes_or_no(table["synthetic"], source)
         # One lesion, then, on two sides: generated images are always trained on.
         problem[table["synthetic"] & digest.isin(digest[~table["synthetic"]])] = "generated copy of a real image"
     problem[digest == ""] = "unreadable"
     problem[table["path"] == ""] = "missing"
     problem[~named] = "file name is not UTF-8"
     for column in ("image_id", "path"):
-        table[column] = table[column].where(named, table[column].map(_shown))
+        table[column] = table[column].where(named, table[column].map(shown))
     problem[repeated] = "duplicate id"
     unknown = ~table["label"].isin(CLASSES)
     problem[unknown] = "unknown label " + table["label"][unknown]
@@ -124,6 +128,14 @@ def _read(source, phantom=PHANTOM):
     return layout, good, bad.sort_values(["problem", "image_id"], ignore_index=True)
 
 
+def _yes_or_no(column, source):
+    meant = {"true": True, "1": True, "1.0": True, "false": False, "0": False, "0.0": False}
+    values = column.astype(str).str.lower().map(meant)
+    if values.isna().any():
+        raise UserError(f"{source}: the column {column.name} must say True or False for every image.")
+    return values.astype(bool)
+
+
 def _joined(lesion_ids, digests):
     """Lesion ids in which lesions that have a file in common are one, named by the first of their ids."""
     while True:
@@ -131,14 +143,6 @@ def _joined(lesion_ids, digests):
         if joined.equals(lesion_ids):
             return joined
         lesion_ids = joined
-
-
-def _is_unicode(text):
-    return text == _shown(text)
-
-
-def _shown(text):
-    return str(text).encode("utf-8", "backslashreplace").decode()
 
 
 def _named(ids, most=3):
@@ -268,7 +272,10 @@ def read_table(path):
     """
     if not Path(path).exists():
         raise UserError(f"There is no dataset table {path}; run step 00 (notebooks/00_start_here.ipynb) first.")
-    table = pd.read_csv(path, dtype={"image_id": str, "lesion_id": str})
+    try:
+        table = pd.read_csv(path, dtype={"image_id": str, "lesion_id": str})
+    except (ValueError, pd.errors.ParserError):  # an empty file too
+        raise UserError(f"{path} is no table; run step 00 again.") from None
     if missing := [column for column in ("image_id", "lesion_id", "label", "path", "split") if column not in table]:
         raise UserError(f"{path} has no column {', '.join(missing)}; run step 00 again.")
     if len(unknown := set(table["label"]) - set(CLASSES)):
@@ -320,6 +327,16 @@ def load_images(paths, size):
     return np.stack([np.frombuffer(_decode(path, size), np.uint8).reshape(size, size, 3) for path in paths])
 
 
+def eight_bits(image):
+    """An opened image whose pixels have 8 bits: of 16 bits of grey, which Pillow would cut off at 255, the upper ones.
+
+    Raises:
+        ValueError: pixels of 32 bits.
+    """
+    _check_mode(image)
+    return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)) if image.mode.startswith("I") else image
+
+
 def _check_mode(image):
     if image.mode == "F" or (image.mode == "I" and image.format != "PNG"):  # an older Pillow's name for 16 bits in PNG
         raise ValueError("pixels of 32 bits, whose range nobody knows")  # converted, 0 … 1 would all be black
@@ -327,11 +344,8 @@ def _check_mode(image):
 
 def _decode(path, size):
     with Image.open(path) as image:
-        _check_mode(image)
-        if image.mode.startswith("I"):  # 16 bits of grey, which Pillow would cut off at 255
-            image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
-        upright = ImageOps.exif_transpose(image)  # a camera stores how it was held, and turns no pixel
-        return ImageOps.fit(upright.convert("RGB"), (size, size), Image.Resampling.BICUBIC).tobytes()
+        ImageOps.exif_transpose(image, in_place=True)  # a camera stores how it was held, and turns no pixel
+        return ImageOps.fit(eight_bits(image).convert("RGB"), (size, size), Image.Resampling.BICUBIC).tobytes()
 
 
 def check(source, phantom=PHANTOM):
@@ -339,8 +353,11 @@ def check(source, phantom=PHANTOM):
 
     Bad images are listed, never raised.
 
+    Returns:
+        (the text, how many images are bad).
+
     Raises:
-        UserError: no such folder, or an unknown layout.
+        UserError: no such folder, an unknown layout, or no image in it.
     """
     layout, table, bad = _read(source, phantom)
     facts = _file_facts(table["path"])
@@ -371,4 +388,4 @@ def check(source, phantom=PHANTOM):
         if has_lesion_ids(table)
         else f"lesions with several images: not known; this layout {NO_LESION_IDS}",
     ]
-    return "\n".join(lines) + "\n"
+    return "\n".join(lines) + "\n", len(bad)

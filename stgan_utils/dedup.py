@@ -15,9 +15,10 @@ from pathlib import Path
 import imagehash
 import numpy as np
 import pandas as pd
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from stgan_utils.config import UserError
+from stgan_utils.data import eight_bits
 
 try:
     import imagecodecs
@@ -33,6 +34,8 @@ PAIRS = 1 << (18 if hasattr(np, "bitwise_count") else 15)
 def hash_images(paths, jobs=None):
     """pHash and wHash of every image, as `imagehash.phash(Image.open(path))` and `imagehash.whash(...)` give them.
 
+    But of 16 bits of grey the upper eight count (`data.eight_bits`): imagehash would see white wherever one is set.
+
     Args:
         paths: image files, any format and mode that Pillow reads.
         jobs: threads (decoding and resizing hold no lock of Python's); default one a core.
@@ -41,7 +44,7 @@ def hash_images(paths, jobs=None):
         DataFrame `path` (str), `phash`, `whash` (uint64), in the order of `paths`.
 
     Raises:
-        UserError: an image is missing or damaged; the message names it.
+        UserError: an image is missing or damaged, or has pixels of 32 bits; the message names it.
     """
     paths = [str(path) for path in paths]
     with ThreadPoolExecutor(jobs or os.cpu_count()) as pool:
@@ -174,7 +177,8 @@ def _hash_image(path):
     try:
         grey = _open_grey(path)
     except Exception as error:  # Pillow's decoders raise nearly every kind for a damaged file
-        reason = getattr(error, "strerror", None) or error
+        unknown = isinstance(error, UnidentifiedImageError)
+        reason = "not an image" if unknown else getattr(error, "strerror", None) or error
         raise UserError(f"The image {path} cannot be read ({reason}); restore the file or leave it out.") from error
     return _pack(imagehash.phash(grey).hash), _pack(_whash_bits(grey))
 
@@ -191,7 +195,7 @@ def _open_grey(path):
         except RuntimeError:  # damaged: Pillow makes the best of it, or says what is wrong
             pass
     with Image.open(io.BytesIO(content)) as image:
-        return image.convert("L")
+        return eight_bits(image).convert("L")
 
 
 def _whash_bits(grey):

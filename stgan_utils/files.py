@@ -57,6 +57,21 @@ def sweep(folder):
             path.unlink()
 
 
+def refuse_input(out, inputs):
+    """Nothing, unless `out` is one of the files that are to be read.
+
+    Raises:
+        UserError: it is, and would be lost.
+    """
+    if Path(out).exists() and any(os.path.exists(each) and os.path.samefile(each, out) for each in inputs):
+        raise UserError(f"{out} is one of the files to be read, and would be lost: choose another place.")
+
+
+def shown(text):
+    """The text as any file or terminal can hold it: what is not UTF-8 in a file's name becomes an escape."""
+    return str(text).encode("utf-8", "backslashreplace").decode()
+
+
 def write_json(path, value):
     with atomic_path(path) as temporary:
         temporary.write_text(json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8")

@@ -5,7 +5,7 @@ from pathlib import Path
 import pandas as pd
 
 from stgan_utils import data, evaluation, finetune, gradcam, plots, runs
-from stgan_utils.arms import ARMS, COMPARED, REAL_ONLY, SHARES, made_of, real_table, require
+from stgan_utils.arms import ARMS, COMPARED, REAL_ONLY, SHARES, arm_named, made_of, real_table, require
 from stgan_utils.classifier import Classifier
 from stgan_utils.config import UserError
 from stgan_utils.files import atomic_path, read_json, write_json
@@ -109,11 +109,13 @@ def judge(name, run_dir, bootstrap=1000):
         The page's path.
     """
     run_dir = Path(run_dir)
+    arm_named(name)  # or the next line would have it trained
     source = run_dir / "arms" / name / "seed0"
     require(source / "predictions.csv", f"`arms train {name}`")
     test = real_table(run_dir).query("split == 'test'")
     answers = _test_answers(source)
-    assert list(test["image_id"]) == list(answers["image_id"]), f"{source} was judged on other images"
+    if list(test["image_id"]) != list(answers["image_id"]):
+        raise UserError(f"{source} was judged on other images than {run_dir} has now: delete it and train it anew.")
     truth, proba = answers["label"], answers[list(CLASSES)]
     found = evaluation.evaluate(truth, proba, test["lesion_id"], bootstrap)
     groups = evaluation.by_subgroups(test, truth, proba, bootstrap)

@@ -13,7 +13,7 @@ from PIL import Image
 from stgan_utils import checkpoints
 from stgan_utils import device as devices
 from stgan_utils.config import UserError
-from stgan_utils.files import atomic_path, sha256
+from stgan_utils.files import atomic_path, sha256, shown
 from stgan_utils.layouts import IMAGE_SUFFIXES, images_below, whole_folder
 from stgan_utils.lesions import CLASSES
 
@@ -182,7 +182,9 @@ def generate(checkpoint, count, folder, seed=0, truncation=1.0, code=None):
     Raises:
         UserError: a folder with something in it, numbers out of range, or as `checkpoints.load_generator`.
     """
-    folder = Path(folder)
+    folder = Path(folder).resolve()
+    if folder == Path.cwd():
+        raise UserError("The folder that you are in cannot appear whole: let --out name a new one.")
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UserError(f"{folder} is there already: let --out name a new folder.")
     if count < 1 or seed < 0 or not 0 < truncation < math.inf:
@@ -257,7 +259,7 @@ def list_images(folder):
     """The images of any folder, its sub-folders taken as classes: DataFrame `class`, `path`, sorted by path.
 
     Raises:
-        UserError: no such folder, or no image in it.
+        UserError: no such folder, no image in it, or names that are not UTF-8.
     """
     folder = Path(folder).expanduser().resolve()
     if not folder.is_dir():
@@ -265,5 +267,9 @@ def list_images(folder):
     paths = images_below(folder)
     if not paths:
         raise UserError(f"There is no image ({', '.join(IMAGE_SUFFIXES)}) in {folder}.")
+    if unnamed := [path for path in paths if str(path) != shown(path)]:
+        raise UserError(
+            f"{len(unnamed)} file name(s) are not UTF-8 ({shown(unnamed[0])}), and no table can hold them: rename them."
+        )
     rows = [(path.parent.name if path.parent != folder else "all", str(path)) for path in paths]
     return pd.DataFrame(rows, columns=["class", "path"])

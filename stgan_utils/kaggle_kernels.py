@@ -51,6 +51,9 @@ def push(
     run_dir, steps = Path(run_dir).expanduser().resolve(), _choose(wanted)
     if not internet and not package:
         raise UserError("Without internet the kernel cannot install the package: name a data set that holds it.")
+    for slug in filter(None, (dataset, package)):
+        if not re.fullmatch(r"[^/\s]+/[^/\s]+", slug):
+            raise UserError(f"{slug!r} names no Kaggle data set: it must be OWNER/NAME, such as {places.HAM10000}.")
     for step in steps:
         _check_title(run_dir, step.name)  # of all before the first is sent
     given = pipeline.given_per_kind(params or {}, elsewhere="/kaggle")
@@ -139,7 +142,7 @@ def pull(wanted, run_dir, data):
 
 
 def _choose(wanted):
-    chosen = [step for step in pipeline.STEPS if wanted == "all" or step.name.startswith(wanted)]
+    chosen = [step for step in pipeline.STEPS if wanted == "all" or (wanted[1:] and step.name.startswith(wanted))]
     if not chosen:
         raise UserError(f"No step {wanted!r}; there are all, {', '.join(step.name for step in pipeline.STEPS)}.")
     return chosen

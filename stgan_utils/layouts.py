@@ -220,6 +220,9 @@ def _read_dermamnist(file, folder, cache):
             labels = np.concatenate([arrays[f"{part}_labels"].ravel() for part in ("train", "val", "test")])
     except (OSError, ValueError, KeyError, BadZipFile) as error:
         raise UserError(f"{file} is not a DermaMNIST file ({error}); download it again.") from None
+    fits = images.dtype == np.uint8 and images.shape[3:] == (3,) and images.ndim == 4 and len(labels) == len(images)
+    if not fits or labels.dtype.kind not in "iu":
+        raise UserError(f"{file} is not a DermaMNIST file: it has no uint8 RGB images with a number for each.")
     pictures = cache / f"dermamnist-{sha256(file)[:16]}"
     ids = [f"dermamnist_{number:05d}" for number in range(len(images))]
     if not pictures.exists():

@@ -71,7 +71,7 @@ def run(data, profile, out, only=None, start=None, jobs=1, force=False, params=N
         only: run the steps whose name begins with this, and no others.
         start: begin at the first step whose name begins with this.
         jobs: how many notebooks may run side by side on one machine; each gets its share of the cores.
-        force: delete what the chosen steps left there before, and run them again.
+        force: delete what each of the chosen steps left there before, when its turn has come, and run it again.
         params: {setting: value} for every step that knows the setting; "stage1.iterations" means one kind of step.
         on, address: "local", or "ray" and a cluster's address; see `engine.choose`.
 
@@ -82,8 +82,10 @@ def run(data, profile, out, only=None, start=None, jobs=1, force=False, params=N
     """
     asked, data, out = data, runs.identify(data), Path(out).expanduser().resolve()
     given = given_per_kind(params or {})
-    settings = {step.name: step.settings(profile, given[step.kind]) for step in STEPS}
     chosen = _choose(only, start)
+    settings = {step.name: step.settings(profile, given[step.kind]) for step in chosen}
+    if (out / "notebooks").resolve() in {step.notebook.parent.resolve() for step in chosen}:
+        raise UserError(f"{out} holds the notebooks themselves: choose another run folder (--out), such as runs/demo.")
     for step in chosen:
         if not step.notebook.exists():
             raise UserError(f"There is no notebook {step.notebook}: run from a clone of the repository.")
@@ -98,14 +100,16 @@ def run(data, profile, out, only=None, start=None, jobs=1, force=False, params=N
         overrides = {name: getattr(settings[step.name], name) for name in given[step.kind]}
         return {"data": data, "run_dir": str(out), "profile": profile, **overrides}
 
+    began = time.time()
+
     def done(step):
         # The page tells of the other steps: it is made anew whenever one of them has run since.
         stale = step.kind == "report" and _written(out, step.name) < max(_written(out, name) for name in step.needs)
-        return not stale and runs.is_done(out, step.name, settings[step.name], data)
+        return not force and not stale and runs.is_done(out, step.name, settings[step.name], data)
 
     def task(step):
         peers = sum(other.kind == step.kind for other in STEPS)
-        call, trains = (step, parameters(step)), step.kind in TRAIN
+        call, trains = (step, parameters(step), began if force else 0), step.kind in TRAIN
         return engine.Task(step.name, run_step, call, step.needs, peers, trains, partial(done, step))
 
     tasks = [task(step) for step in chosen]
@@ -114,15 +118,12 @@ def run(data, profile, out, only=None, start=None, jobs=1, force=False, params=N
         print("There is no HAM10000 here: the images are phantom, drawn and no evidence.", flush=True)
     with alone_in(out):
         files.sweep(out / "notebooks")
-        if force:
-            for step in chosen:
-                shutil.rmtree(out / step.name, ignore_errors=True)
         engine.run_all(tasks, place)
-    if (out / "report.html").exists():
+    if chosen[-1].kind == "report":
         print(f"report: {out / 'report.html'}", flush=True)
 
 
-def run_step(step, parameters):
+def run_step(step, parameters, anew_since=0):
     """Runs one notebook with papermill; afterwards `result.json` stands in the step's folder.
 
     The executed notebook lies in `RUN_DIR/notebooks/`, after a failure too; what a kernel that died wrote to standard
@@ -131,6 +132,8 @@ def run_step(step, parameters):
     Args:
         step: a Step.
         parameters: `data`, `run_dir`, `profile` and settings of the step that differ from the profile's.
+        anew_since: what was begun there before this time (seconds since 1970) is deleted first; what a machine of a
+            cluster began since, and lost, goes on.
 
     Returns:
         Seconds it took.
@@ -141,6 +144,9 @@ def run_step(step, parameters):
     """
     from stgan_utils import kernels
 
+    before = Path(parameters["run_dir"]) / step.name
+    if before.exists() and before.stat().st_ctime < anew_since:
+        shutil.rmtree(before)
     kernels.prepare()
     import papermill
     from nbclient.exceptions import DeadKernelError
@@ -254,7 +260,7 @@ def _placed(name, path, elsewhere):
 def _choose(only, start):
     names = [step.name for step in STEPS]
     for wanted in (only, start):
-        if wanted is not None and not any(name.startswith(wanted) for name in names):
+        if wanted is not None and (len(wanted) < 2 or not any(name.startswith(wanted) for name in names)):
             raise UserError(f"No step {wanted!r}; there are {', '.join(names)}.")
     first = 0 if start is None else next(i for i, name in enumerate(names) if name.startswith(start))
     chosen = [step for step in STEPS[first:] if only is None or step.name.startswith(only)]

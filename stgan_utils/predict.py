@@ -16,7 +16,7 @@ from tqdm.auto import tqdm
 
 from stgan_utils import data, device
 from stgan_utils.config import UserError
-from stgan_utils.files import atomic_path
+from stgan_utils.files import atomic_path, refuse_input, shown
 from stgan_utils.layouts import IMAGE_SUFFIXES, images_below, is_image
 
 # Columns of the submission format, after `image`.
@@ -38,13 +38,16 @@ def predict_folder(model, source, out, batch_size=None):
         (rows written, [(file, why) that could not be read and has no row]).
 
     Raises:
-        UserError: no such source, no image in it, two images of one id, or a damaged archive.
+        UserError: no such source, no image in it or none that can be read, two images of one id, a damaged archive, or
+            an `out` that is the source or one of its images.
     """
     place = device.pick()
     model = model.fused().to(place)
     batch_size = batch_size or (256 if place.type == "cuda" else 32)
     written, unreadable = 0, []
-    with _open_source(source) as (files, read), _open_out(out) as stream:
+    with _open_source(source) as (files, read), _open_out(out, [source, *files.values()]) as stream:
+        for image_id in [each for each in files if each != shown(each)]:
+            unreadable.append((shown(files.pop(image_id)), "its name is not UTF-8"))
         writer = csv.writer(stream, lineterminator="\n")
         writer.writerow(["image", *ISIC_ORDER])
         with tqdm(total=len(files), unit="image", desc="predict", file=sys.stderr) as progress:
@@ -61,6 +64,8 @@ def predict_folder(model, source, out, batch_size=None):
                         writer.writerow([image_id, *(f"{value:.8f}" for value in row)])
                 written += sum(good)
                 progress.update(len(images))
+        if not written:  # raised in here, so that no file is written
+            raise UserError(f"None of the {len(unreadable)} image(s) in {source} can be read ({unreadable[0][1]}).")
     return written, unreadable
 
 
@@ -91,9 +96,11 @@ def _batches(files, read, size, batch_size):
 def _open_source(source):
     """({image id: name}, function that opens a name) of a folder, an archive or one file."""
     source = Path(source)
+    if not source.exists():
+        raise UserError(f"There is no {source}.")
     if source.is_dir():
         yield _by_id(source, images_below(source)), str
-    elif zipfile.is_zipfile(source):
+    elif zipfile.is_zipfile(source) or source.suffix.lower() == ".zip":
         with _open_archive(source) as archive:
             names = [info.filename for info in archive.infolist() if not info.is_dir()]
             files = _by_id(source, [name for name in names if is_image(PurePosixPath(name))])
@@ -122,9 +129,10 @@ def _by_id(source, names):
 
 
 @contextlib.contextmanager
-def _open_out(out):
+def _open_out(out, inputs):
     if str(out) == "-":
         yield sys.stdout
     else:
+        refuse_input(out, inputs)
         with atomic_path(out) as temporary, open(temporary, "w", encoding="utf-8", newline="") as stream:
             yield stream

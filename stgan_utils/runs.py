@@ -111,8 +111,10 @@ def check_folder(run_dir, step, settings, data, inputs=None):
         inputs: {earlier step: fingerprint}; None leaves them out of the comparison (they may be about to change).
 
     Raises:
-        UserError: the folder holds work of another run; the message names what differs.
+        UserError: the run folder is the dataset's own, or holds work of another run; the message names what differs.
     """
+    if str(Path(run_dir).resolve()) == data:
+        raise UserError(f"{run_dir} is the dataset's own folder: choose another run folder (--out).")
     folder = Path(run_dir) / step
     begun_with = folder / "settings.json"
     made = {path.name for path in folder.iterdir()} - {begun_with.name, "figures"} if folder.exists() else ()

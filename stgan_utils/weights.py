@@ -159,8 +159,8 @@ def use_released(asset, target):
     if source.suffix == ".safetensors":
         with atomic_path(target) as temporary:
             shutil.copyfile(source, temporary)
-    else:
-        checkpoints.convert(source, target)
+    elif not target.exists() or checkpoints.read_header(target).get("converted_from") != sha256(source):
+        checkpoints.convert(source, target)  # once: the file names the commit that made it
     return (
         f"**Nothing is trained here: released weights `{asset['name']}`, SHA-256 `{sha256(source)}`.** Trained on "
         f"{known['data']} ({known['split']}); licence: {asset['licence']}. Lesions among those images are no fair test "

@@ -129,6 +129,9 @@ def test_table_is_checked_when_read_again(tmp_path):
         data.read_table(tmp_path / "leaky.csv")
     with pytest.raises(UserError, match="step 00"):
         data.read_table(tmp_path / "none.csv")
+    (tmp_path / "empty.csv").write_text("")
+    with pytest.raises(UserError, match=r"empty\.csv is no table"):
+        data.read_table(tmp_path / "empty.csv")
 
 
 # Layouts
@@ -237,7 +240,7 @@ def test_generated_copy_of_a_real_image_is_named_and_can_be_left_out(tmp_path):
         shutil.copy(pictures / f"{code}_0001_R.jpg", pictures / f"{code}_0001_F.jpg")
     with pytest.raises(UserError, match=r"2 generated copy of a real image \(DF_0001_F, MEL_0001_F\)"):
         data.load_dataset(folder)
-    assert "generated copy of a real image" in data.check(folder)
+    assert "generated copy of a real image" in data.check(folder)[0]
     with pytest.warns(UserWarning, match="2 image"):
         table = data.load_dataset(folder, "skip", tmp_path / "bad.csv")
     assert sorted(table["synthetic"]) == [False] * 7 + [True] * 5
@@ -258,6 +261,14 @@ def test_dermamnist(tmp_path):
         expected = np.concatenate([arrays[f"{part}_images"] for part in ("train", "val", "test")])
         np.testing.assert_array_equal(cached, expected)
     file = tmp_path / "dermamnist.npz"
+    for changed in ("val_labels", "test_images"):
+        np.savez(file, **arrays | {changed: arrays[changed][:-1]})
+        with pytest.raises(UserError, match="not a DermaMNIST file: it has no"):
+            data.load_dataset(tmp_path)
+    np.savez(file, **{name: values.astype(float) for name, values in arrays.items()})
+    with pytest.raises(UserError, match="not a DermaMNIST file: it has no"):
+        data.load_dataset(tmp_path)
+    np.savez(file, **arrays)
     file.write_bytes(file.read_bytes()[:20_000])
     with pytest.raises(UserError, match=r"not a DermaMNIST file .*; download it again"):
         data.load_dataset(tmp_path)
@@ -322,7 +333,8 @@ def test_one_error_names_everything_and_skip_lists_it(tmp_path):
 
     for number in (11, 12, 13, 14):
         images[f"{number}"].write_bytes(b"")
-    report = data.check(folder)
+    report, bad = data.check(folder)
+    assert bad == 11
     assert ", ".join(f"ISIC_{number:07d}" for number in (7, 8, 11, 12, 13, 14)) in report  # each by name
     for part in ("bad images: 11", "1 missing", "6 unreadable", "3 duplicate id", "lesions with several images: "):
         assert part in report
@@ -333,7 +345,7 @@ def test_without_lesion_ids_nothing_is_promised(tmp_path):
         picture(tmp_path / CLASSES[number % 7] / f"{number}.jpg", number)
     with pytest.warns(UserWarning, match="which images show the same lesion"):
         data.load_dataset(tmp_path)
-    report = data.check(tmp_path)
+    report, _ = data.check(tmp_path)
     assert "lesions with several images: not known" in report and "split by lesion none" not in report
 
 
@@ -375,7 +387,8 @@ def test_check_counts_what_would_leak(tmp_path):
     folder = kaggle(tmp_path / "data", images=28)
     images = sorted(folder.rglob("*.jpg"))
     shutil.copy(images[0], images[7])  # of another lesion of that class: one lesion, then
-    report = data.check(folder)
+    report, bad = data.check(folder)
+    assert bad == 0
     # A pair stays together with chance 0.7² + 0.15² + 0.15² = 0.535, the four images with 0.241.
     expected = 12 * 0.465 + 0.759
     assert f"lesions with several images: 13; a random split by image would put about {expected:.0f} " in report
@@ -384,7 +397,7 @@ def test_check_counts_what_would_leak(tmp_path):
     line = next(line for line in report.splitlines() if line.startswith("MEL"))
     assert line.split()[1:3] == ["2", "4"]
     shutil.copy(images[0], images[1])  # of another class: nobody knows which one is right
-    report = data.check(folder)
+    report, _ = data.check(folder)
     assert "images of two classes: 1 (HAM_0000000)" in report and "identical files: 1 group(s)" in report
 
 
@@ -394,6 +407,28 @@ def test_metadata_without_a_column(tmp_path, column):
     pd.read_csv(folder / "HAM10000_metadata.csv").drop(columns=column).to_csv(folder / "HAM10000_metadata.csv")
     with pytest.raises(UserError, match=f"no column {column}"):
         data.load_dataset(folder)
+
+
+def test_a_column_that_says_what_is_generated_is_read_whatever_its_words(tmp_path):
+    folder = kaggle(tmp_path / "data", images=28)
+    table = pd.read_csv(folder / "HAM10000_metadata.csv")
+    table.assign(synthetic=0).to_csv(folder / "HAM10000_metadata.csv", index=False)
+    assert not data.load_dataset(folder)["synthetic"].any()
+    table.assign(synthetic="perhaps").to_csv(folder / "HAM10000_metadata.csv", index=False)
+    with pytest.raises(UserError, match="column synthetic must say True or False"):
+        data.load_dataset(folder)
+
+
+def test_datasets_without_an_image(tmp_path):
+    for code in CLASSES:
+        (tmp_path / "classes" / code).mkdir(parents=True)
+    kaggle(tmp_path / "kaggle", images=7)
+    metadata = tmp_path / "kaggle" / "HAM10000_metadata.csv"
+    metadata.write_text(metadata.read_text().splitlines()[0] + "\n")
+    for folder in (tmp_path / "classes", tmp_path / "kaggle"):
+        for look in (data.load_dataset, data.check):
+            with pytest.raises(UserError, match="holds no image that can be used"):
+                look(folder)
 
 
 def test_folders_that_are_no_dataset(tmp_path):

@@ -132,6 +132,18 @@ def test_hashes_are_the_same_without_the_fast_decoder(tmp_path, monkeypatch):
     assert decoded == [1]
 
 
+def test_grey_of_16_bits_is_hashed_by_its_upper_eight(tmp_path):
+    """`convert` would cut it off at 255: all white, and every image a copy of every other."""
+    shades = np.random.default_rng(0).integers(0, 65_536, (64, 64), np.uint16)
+    Image.fromarray(shades).save(tmp_path / "deep.png")
+    Image.fromarray((shades >> 8).astype(np.uint8)).save(tmp_path / "flat.png")
+    Image.fromarray(np.ones((64, 64), np.int32)).save(tmp_path / "unknown.tif")
+    deep, flat = dedup.hash_images([tmp_path / "deep.png", tmp_path / "flat.png"])[["phash", "whash"]].to_numpy()
+    np.testing.assert_array_equal(deep, flat)
+    with pytest.raises(UserError, match=r"unknown\.tif cannot be read \(pixels of 32 bits"):
+        dedup.hash_images([tmp_path / "unknown.tif"])
+
+
 @pytest.mark.parametrize("damage", ["missing", "truncated", "text"])
 def test_unreadable_image_is_named(tmp_path, damage):
     path = tmp_path / "lesion.png"

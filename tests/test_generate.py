@@ -110,6 +110,12 @@ def test_wrong_numbers(checkpoint, tmp_path, wrong, sentence):
     assert not any(tmp_path.iterdir())
 
 
+def test_the_folder_that_one_is_in_is_refused_before_anything_is_drawn(checkpoint, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match="let --out name a new one"):
+        generation.generate(checkpoint, 1, ".")
+
+
 def test_a_failure_leaves_nothing(checkpoint, tmp_path, monkeypatch):
     def fail(*_, **__):
         raise RuntimeError("killed")
@@ -209,6 +215,9 @@ def test_convert(tmp_path, monkeypatch, capsys):
     assert checkpoints.read_header(target)["converted_from"] == files.sha256(source)
     code, _, err = command(monkeypatch, capsys, "weights", "convert", source, tmp_path / "ours.pth")
     assert code == 2 and "end in .safetensors" in err
+    before = target.read_bytes()
+    code, _, err = command(monkeypatch, capsys, "weights", "convert", target, target)  # much of it would be left out
+    assert code == 2 and "one of our files already" in err and target.read_bytes() == before
     source.write_bytes(source.read_bytes()[:-5000])
     code, _, err = command(monkeypatch, capsys, "weights", "convert", source, tmp_path / "two.safetensors")
     assert code == 2 and "all_1.pth" in err and not (tmp_path / "two.safetensors").exists()

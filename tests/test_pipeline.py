@@ -96,6 +96,22 @@ def test_runs_side_by_side_then_skips_then_refuses_other_settings(sequence, tmp_
     assert "07_report: done in" in capsys.readouterr().out
 
 
+def test_the_notebooks_themselves_are_not_written_over(sequence):
+    before = sequence[0].notebook.read_bytes()
+    with pytest.raises(UserError, match="holds the notebooks themselves"):
+        pipeline.run("phantom", "smoke", sequence[0].folder.parent, only="00")
+    assert sequence[0].notebook.read_bytes() == before
+
+
+def test_what_is_made_anew_is_deleted_when_its_turn_has_come(sequence, tmp_path):
+    out = tmp_path / "run"
+    pipeline.run("phantom", "smoke", out, jobs=2)
+    write_notebook(sequence[0], "raise ValueError")
+    with pytest.raises(StepFailed):
+        pipeline.run("phantom", "smoke", out, jobs=2, force=True)
+    assert [bool(runs.result(out, step.name)) for step in sequence] == [False, True, True, True]
+
+
 def test_failure_names_the_cell_and_the_same_call_goes_on(sequence, tmp_path, monkeypatch, capsys):
     out = tmp_path / "run"
     # The report stands for every later step: it must not start.
@@ -191,6 +207,8 @@ def test_a_second_run_in_the_same_folder_is_refused_while_the_first_works(sequen
         ({"profile": "smok"}, "No profile 'smok'"),
         ({"only": "09"}, "No step '09'; there are 00_start_here"),
         ({"start": "x"}, "No step 'x'"),
+        ({"only": ""}, "No step ''"),  # a shell's unset variable is no wish for all of them
+        ({"only": "0"}, "No step '0'"),
         ({"jobs": 0}, "jobs is 0"),
         ({"on": "spark"}, "engine is 'spark', it must be 'local' or 'ray'"),
         ({"address": "h:1"}, "say --engine ray as well"),

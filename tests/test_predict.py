@@ -1,6 +1,7 @@
 """Folder, archive and file to the challenge's CSV, and that CSV through the challenge's own scorer."""
 
 import io
+import os
 import zipfile
 
 import numpy as np
@@ -117,9 +118,11 @@ def test_wrong_sources_say_what_to_do(model, folder, tmp_path):
     whole = (tmp_path / "images.zip").read_bytes()
     directory = whole.index(b"PK\x01\x02")
     (tmp_path / "damaged.zip").write_bytes(whole[:directory] + b"PK\x00\x00" + whole[directory + 4 :])
+    (tmp_path / "cut.zip").write_bytes(whole[:-10])
     for source, message in (
         (tmp_path / "damaged.zip", "is a damaged archive"),
-        (tmp_path / "absent", "no folder, zip archive or image"),
+        (tmp_path / "cut.zip", "is a damaged archive"),
+        (tmp_path / "absent", "There is no .*absent"),
         (folder / "ATTRIBUTION.txt", "no folder, zip archive or image"),
         (tmp_path / "empty", "no image in"),
         (tmp_path / "twice", "twice, such as same"),
@@ -129,3 +132,39 @@ def test_wrong_sources_say_what_to_do(model, folder, tmp_path):
     assert not (tmp_path / "out.csv").exists()
     with pytest.raises(UserError, match="empty is a folder or a device: name a file"):
         predict_folder(model, tmp_path / "images.zip", tmp_path / "empty")
+
+
+def test_what_is_read_is_never_written_over(model, tmp_path):
+    image = tmp_path / "folder" / "lesion.png"
+    image.parent.mkdir()
+    Image.new("RGB", (8, 8)).save(image)
+    with zipfile.ZipFile(tmp_path / "images.zip", "w") as archive:
+        archive.write(image, "lesion.png")
+    (tmp_path / "link.csv").symlink_to(image)
+    for source, out in (
+        (image, image),
+        (image.parent, image),
+        (image.parent, tmp_path / "link.csv"),
+        (tmp_path / "images.zip", tmp_path / "images.zip"),
+    ):
+        before = out.read_bytes()
+        with pytest.raises(UserError, match="one of the files to be read"):
+            predict_folder(model, source, out)
+        assert out.read_bytes() == before
+
+
+def test_where_nothing_can_be_read_earlier_answers_stay(model, tmp_path):
+    (tmp_path / "images").mkdir()
+    (tmp_path / "images" / "text.jpg").write_text("no picture")
+    (tmp_path / "out.csv").write_text("earlier")
+    with pytest.raises(UserError, match=r"None of the 1 image\(s\) in .*images can be read \(not an image\)"):
+        predict_folder(model, tmp_path / "images", tmp_path / "out.csv")
+    assert (tmp_path / "out.csv").read_text() == "earlier"
+
+
+def test_a_name_that_is_not_utf_8_costs_one_row_and_not_the_others(model, tmp_path):
+    for name in (b"good.png", b"caf\xe9.png"):
+        Image.new("RGB", (8, 8)).save(os.fsdecode(os.fsencode(tmp_path) + b"/" + name))
+    written, unreadable = predict_folder(model, tmp_path, tmp_path / "out.csv")
+    assert written == 1 and pd.read_csv(tmp_path / "out.csv")["image"].tolist() == ["good"]
+    assert unreadable == [(f"{tmp_path}/caf\\udce9.png", "its name is not UTF-8")]
