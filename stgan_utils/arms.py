@@ -22,7 +22,7 @@ from stgan_utils.backbone import load_backbone, load_lite
 from stgan_utils.classifier import Classifier
 from stgan_utils.config import ClassifierSettings, UserError
 from stgan_utils.engine import Task
-from stgan_utils.files import atomic_path, read_json, sha256, write_json
+from stgan_utils.files import atomic_path, read_json, sha256, sweep, write_json
 from stgan_utils.lesions import CLASSES
 
 KINDS = {"real": False, "generated": True}
@@ -144,14 +144,20 @@ def train(name, run_dir, seed):
     settings = _settings(arm, seed, before, epoch_images=int((real["split"] == "train").sum()))
     inputs = made_of(name, run_dir)
     folder = run_dir / _folder(name, seed)
+    if before:
+        inputs[arm.after] = sha256(before / finetune.MODEL_FILE)
     if (folder / "result.json").exists():
         done = read_json(folder / "result.json")
-        if done["settings"] == asdict(settings) and done.get("inputs", inputs) == inputs:
+        asked, there = asdict(settings), done["settings"] | {"continue_from": settings.continue_from}  # may be moved
+        differ = [name for name in asked if there.get(name) != asked[name]]
+        differ += [name for name in inputs if done.get("inputs", inputs).get(name) != inputs[name]]
+        if not differ:
             return folder
         raise UserError(
-            f"{folder} was trained with other settings, or before {' or '.join(inputs)} was made anew: delete it, or "
-            "choose another run folder."
+            f"{folder} was trained with other settings, or before something was made anew ({', '.join(differ)}): "
+            "delete it, or choose another run folder."
         )
+    sweep(folder)
     table = pd.concat([real, choose_generated(run_dir, real, arm, settings)], ignore_index=True)
     images = data.image_cache(table, settings.size)
     rows = {split: table.index[table["split"] == split] for split in ("train", "val", "test")}

@@ -20,7 +20,7 @@ from stgan_utils.backbone import load_backbone
 from stgan_utils.classifier import Classifier, to_float
 from stgan_utils.config import UserError
 from stgan_utils.evaluation import balanced_accuracy
-from stgan_utils.files import atomic_path
+from stgan_utils.files import atomic_path, sha256
 from stgan_utils.lesions import CLASSES
 from stgan_utils.views import augment, mix, trivial_augment
 
@@ -151,6 +151,8 @@ def train(
     sets = {"train": train_rows, "val": val_rows, "prior": prior_rows}
     run = model.settings | {name: _digest(labels, rows) for name, rows in sets.items()}
     run["images"] = zlib.crc32(np.ascontiguousarray(images))
+    if settings.continue_from:  # what it is, and not where: a run folder may be moved
+        run["continue_from"] = sha256(settings.continue_from)
     if taught is not None:
         answers, share = (torch.from_numpy(np.asarray(part, np.float32)) for part in taught)
         run["taught"] = zlib.crc32(answers.numpy().tobytes() + share.numpy().tobytes())

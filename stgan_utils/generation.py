@@ -1,6 +1,7 @@
 """Making images: every one from its own numbers, so that any single image can be made again from its row."""
 
 import math
+import os
 import re
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -230,6 +231,15 @@ def list_synthetic(run_dir):
     return made
 
 
+def movable(kept, run_dir):
+    """The table of step 04 as it is written: files of the run folder by where they lie in it, since it may be moved."""
+
+    def inside(path):
+        return os.path.relpath(path, run_dir) if path and Path(path).is_relative_to(run_dir) else path
+
+    return kept.assign(**{name: kept[name].map(inside, na_action="ignore") for name in ("path", "duplicate_of")})
+
+
 def list_kept(run_dir, which="kept"):
     """What step 04 left of the generated images: DataFrame `label`, `path`, in the order of its table.
 
@@ -242,7 +252,8 @@ def list_kept(run_dir, which="kept"):
     file = Path(run_dir) / "04_deduplicate" / "dedup.csv"
     if not file.exists():
         raise UserError(f"{file} is missing: run step 04_deduplicate first.")
-    made = pd.read_csv(file).rename(columns={"class": "label"})
+    made = pd.read_csv(file, dtype={"path": str}).rename(columns={"class": "label"})
+    made["path"] = [str(Path(run_dir).resolve() / path) for path in made["path"]]  # `movable`; others are absolute
     made["label"] = made["label"].astype(str).str.upper()
     if unknown := sorted(set(made["label"]) - set(CLASSES)):
         raise UserError(

@@ -8,8 +8,11 @@ from IPython import get_ipython
 from IPython.display import Markdown, display
 
 from stgan_utils import places
+from stgan_utils.lesions import MINORITY
+from stgan_utils.runs import PHANTOM
 
 GPU_PROFILE = "kaggle"  # takes days without one
+MOST = 7000  # images that bring a class of HAM10000 to the largest one's
 
 
 def introduce(step, drawn_for_want):
@@ -64,25 +67,39 @@ def warnings(step):
             "What is made here is lost with the session: mount Google Drive (the folder symbol, then Mount Drive) and "
             "run from the top, and it is kept there."
         )
-    free, needed = shutil.disk_usage(step.folder).free, room_needed(settings)
-    if free < needed:
-        found.append(
-            f"The disk is nearly full: {_gb(free)} free below {step.folder}, and this step may want {_gb(needed)}; "
-            "delete what is no longer needed there, or set run_dir to a folder of another disk."
-        )
+    from stgan_utils.data import cache_folder  # pandas
+
+    wants = (
+        (step.folder, room_needed(settings), "set run_dir to a folder of another disk"),
+        (cache_folder(), cache_needed(step), "let STGAN_CACHE name a folder of another disk"),
+    )
+    for folder, needed, way_on in wants:
+        if (free := shutil.disk_usage(folder).free) < needed:
+            found.append(
+                f"The disk is nearly full: {_gb(free)} free below {folder}, and this step may want {_gb(needed)}; "
+                f"delete what is no longer needed there, or {way_on}."
+            )
     return found
 
 
 def room_needed(settings):
-    """Bytes that a step may want, on the safe side.
+    """Bytes that a step may want in its folder, on the safe side.
 
     A GAN's checkpoint at width 64 has 0.6 GB (both networks, the average, Adam's two moments); it is there twice while
     it is replaced, with the best and the last generator beside it. Generated images count as if uncompressed.
     """
     networks = 2e9 * (getattr(settings, "ngf", 0) / 64) ** 2
     images = getattr(settings, "generate", None)
-    most = 7000  # images that bring a class of HAM10000 to the largest one's
-    return 2e8 + networks + (0 if images is None else (images or most) * 3 * settings.size**2)
+    return 2e8 + networks + (0 if images is None else (images or MOST) * 3 * settings.size**2)
+
+
+def cache_needed(step):
+    """Bytes that a step may want for decoded images, on the safe side: HAM10000, and in 05 what was generated."""
+    settings = step.settings
+    if step.data == PHANTOM or not hasattr(settings, "size"):
+        return 0
+    images = 10_100 + (len(MINORITY) * MOST if hasattr(settings, "synthetic") else 0)
+    return images * 3 * settings.size**2
 
 
 def _bold(sentence):

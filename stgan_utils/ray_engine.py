@@ -22,7 +22,7 @@ from stgan_utils.progress import Progress
 try:
     import ray
 except ImportError:
-    raise UserError("--engine ray needs Ray, which is not installed: pip install '.[ray]' installs it.") from None
+    raise UserError("--engine ray needs Ray, which is not installed: pip install -e '.[ray]' installs it.") from None
 
 LOSSES = 3  # of a task's worker that are made good
 POLL = 1.0  # seconds between two looks at how the tasks are

@@ -29,7 +29,7 @@ LOG_EVERY = 10  # iterations between two readings of the losses: each one makes 
 SAMPLE_SEED = 1234  # of the sample grid and of evaluation: the same latents each time
 GRID = 8  # samples a row and rows of a grid
 
-# Settings that may change between two sessions of one run without changing what is trained.
+# Settings that a checkpoint does not depend on; the folder of a step is more particular (`runs.check_folder`).
 FREE_SETTINGS = ("iterations", "max_minutes", "checkpoint_every", "sample_every", "ablation_iterations")
 
 

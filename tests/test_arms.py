@@ -112,7 +112,7 @@ def test_arms_take_equal_steps_and_leave_the_test_split_to_the_table(run_dir):
     # What a step made anew says, an arm made of it must not stand beside.
     again = run_dir / "04_deduplicate" / "result.json"
     files.write_json(again, {"fingerprint": "another"})
-    with pytest.raises(UserError, match="before 00_start_here or 04_deduplicate was made anew"):
+    with pytest.raises(UserError, match=r"made anew \(04_deduplicate\)"):
         arms.train("gan-raw", run_dir, 1)
     assert arms.train("real", run_dir, 1)  # was not made of it
     again.unlink()
@@ -165,7 +165,7 @@ def test_arms_take_equal_steps_and_leave_the_test_split_to_the_table(run_dir):
     moved.write_text(kept)
 
 
-def test_refit_takes_every_real_image_and_the_temperature_of_the_split_run(run_dir):
+def test_refit_takes_every_real_image_and_the_temperature_of_the_split_run(run_dir, tmp_path):
     with pytest.raises(UserError, match="arms train release"):
         arms.refit("release", run_dir)
     arms.train("release", run_dir, 0)
@@ -181,6 +181,15 @@ def test_refit_takes_every_real_image_and_the_temperature_of_the_split_run(run_d
     # Each phase goes on from the one before.
     assert refitted.settings["continue_from"] == str(run_dir / "arms" / "release" / "seed0" / "model.safetensors")
     assert judged.settings["continue_from"] == str(run_dir / "arms" / "release-160px" / "seed0" / "model.safetensors")
+    # A run folder that was moved is the same run; with another first phase it is not.
+    moved = tmp_path / "moved"
+    shutil.copytree(run_dir, moved)
+    first, done = moved / "arms" / "release-160px" / "seed0" / "model.safetensors", moved / "arms" / "release" / "seed0"
+    before = files.sha256(done / "model.safetensors")
+    assert arms.train("release", moved, 0) == done and files.sha256(done / "model.safetensors") == before
+    shutil.copyfile(done / "model.safetensors", first)
+    with pytest.raises(UserError, match=r"made anew \(release-160px\)"):
+        arms.train("release", moved, 0)
     result = files.read_json(folder / "result.json")
     assert sum(result["training_images"]["real"].values()) == 210
     assert "release" not in set(
@@ -217,7 +226,7 @@ def test_a_taught_arm_hears_of_each_image_only_who_does_not_know_it(run_dir, mon
     told, share = heard["taught"]
     assert (share == 0.5).all()
     other = {name: kind._replace(settings={"views": 1}) for name, kind in arms.TEACHERS.items()}
-    with monkeypatch.context() as patch, pytest.raises(UserError, match="or before 00_start_here or teachers"):
+    with monkeypatch.context() as patch, pytest.raises(UserError, match=r"made anew \(teachers\)"):
         patch.setattr(arms, "TEACHERS", other)
         arms.train("release", run_dir, 0)
     row = int(np.flatnonzero(in_train)[0])

@@ -135,7 +135,7 @@ def test_list_kept(tmp_path):
     rows = pd.DataFrame({"path": ["1", "2", "3"], "class": ["df", "DF", "mel"], "kept": [True, False, True]})
     rows.assign(kept_auto=[False, True, True]).to_csv(file, index=False)
     for which, paths in (("raw", [1, 2, 3]), ("kept", [1, 3]), ("auto", [2, 3])):
-        assert list(generation.list_kept(tmp_path, which)["path"]) == paths
+        assert list(generation.list_kept(tmp_path, which)["path"]) == [f"{tmp_path}/{number}" for number in paths]
     assert list(generation.list_kept(tmp_path)["label"]) == ["DF", "MEL"]
     rows.to_csv(file, index=False)
     with pytest.raises(UserError, match="without real lesions"):
@@ -146,6 +146,18 @@ def test_list_kept(tmp_path):
     rows.assign(**{"class": 1}).to_csv(file, index=False)  # folders named 0, 1, 2
     with pytest.raises(UserError, match="of class 1: put them into folders"):
         generation.list_kept(tmp_path)
+
+
+def test_a_run_folder_that_was_moved_knows_its_own_images(tmp_path):
+    before, after, elsewhere = tmp_path / "before", tmp_path / "after", tmp_path / "mine" / "2.png"
+    paths = pd.Series([str(before / "03_stage2_DF" / "images" / "1.png"), str(elsewhere)])
+    kept = pd.DataFrame({"path": paths, "class": "DF", "kept": True, "duplicate_of": [None, paths[0]]})
+    written = generation.movable(kept, before)
+    assert written["duplicate_of"].tolist()[1] == "03_stage2_DF/images/1.png" and written["duplicate_of"].isna()[0]
+    (after / "04_deduplicate").mkdir(parents=True)
+    written.to_csv(after / "04_deduplicate" / "dedup.csv", index=False)
+    found = generation.list_kept(after)["path"].tolist()
+    assert found == [str(after / "03_stage2_DF" / "images" / "1.png"), str(elsewhere)]
 
 
 def test_linked_folders_are_looked_into(tmp_path):

@@ -94,6 +94,17 @@ def test_a_disk_too_small_for_the_step(disk, tmp_path):
     assert warned(tmp_path, "data", "demo")
 
 
+def test_a_disk_too_small_for_decoded_images(disk, tmp_path, monkeypatch):
+    monkeypatch.setenv("STGAN_CACHE", str(tmp_path / "cache"))
+    disk(5e9)
+    for kind, said in (("baseline", 0), ("classifier", 1)):  # 1.5 GB, and 7.8 GB with 42,000 generated images
+        step = begun(tmp_path, config.resolve(kind, "kaggle", {"size": 224}), "real-cpu")
+        assert not outlook.warnings(step)  # of phantom images there are few
+        step.data = "/ham10000"
+        found = outlook.warnings(step)
+        assert len(found) == said and all(f"below {tmp_path / 'cache'}" in each for each in found)
+
+
 def test_room_is_enough_for_two_checkpoints_and_the_images():
     with torch.device("meta"):
         networks = fastgan.Generator(256, 64, 256), fastgan.Discriminator(256, 64)
