@@ -13,6 +13,7 @@ from stgan_utils.lesions import CLASSES, LESIONS
 
 METRICS = ("balanced_accuracy", "accuracy", "macro_f1", "macro_auc", "mel_sensitivity_at_90")
 # Of arms and curves (colour-blind safe); in no figure together with the classes' own.
+FEW = 30  # images of a group below which its figures are hardly more than anecdotes
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 
 
@@ -230,7 +231,7 @@ def arms(table, shares, title="Arms of the experiment, real test lesions, 95 % i
     """Balanced accuracy of each arm, its difference to the one to beat, and the curve over generated images.
 
     Args:
-        table: `arms.compare`.
+        table: `findings.compare`.
         shares: the arms that are the points of the curve.
     """
     fig = Figure(figsize=(10, 0.34 * len(table) + 1.6), layout="constrained")
@@ -290,19 +291,18 @@ def permutations(scores, marked, title="Accuracy under every reading of the colu
     return _tidy(fig)
 
 
-def subgroups(groups, title="Subgroups, real test split, 95 % intervals", few=30):
+def subgroups(groups, title="Subgroups, real test split, 95 % intervals"):
     """Accuracy and balanced accuracy of each group with intervals; its counts beside its name, few images in pale.
 
     Args:
         groups: DataFrame as `evaluation.by_subgroups` gives it.
-        few: groups with fewer images are drawn pale: their figures are hardly more than anecdotes.
     """
     fig = Figure(figsize=(7, 0.24 * len(groups) + 1.2), layout="constrained")
     ax = fig.subplots()
     # A step of one between groups, of two where another column begins.
     y = np.arange(len(groups)) + (groups["column"] != groups["column"].shift()).cumsum()
     for name, colour, shift in (("accuracy", COLOURS[0], -0.12), ("balanced_accuracy", COLOURS[1], 0.12)):
-        for chosen, alpha in ((groups["images"] >= few, 1), (groups["images"] < few, 0.3)):
+        for chosen, alpha in ((groups["images"] >= FEW, 1), (groups["images"] < FEW, 0.3)):
             values, errors = _bars(_intervals(groups[chosen], name))
             label = name.replace("_", " ") if alpha == 1 else None
             ax.errorbar(values, y[chosen] + shift, xerr=errors, fmt="o", ms=3.5, color=colour, alpha=alpha, label=label)
@@ -311,7 +311,7 @@ def subgroups(groups, title="Subgroups, real test split, 95 % intervals", few=30
         for row in groups.itertuples()
     ]
     ax.set_yticks(y, labels, fontsize=7.5)
-    ax.set(xlim=(0, 1.02), ylim=(y.max() + 1, y.min() - 1), title=f"{title}\npale: fewer than {few} images")
+    ax.set(xlim=(0, 1.02), ylim=(y.max() + 1, y.min() - 1), title=f"{title}\npale: fewer than {FEW} images")
     ax.grid(axis="x", lw=0.4, alpha=0.6)
     ax.legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.6 / fig.get_figheight()), ncols=2)
     return _tidy(fig)
