@@ -22,7 +22,7 @@ from stgan_utils.config import UserError
 from stgan_utils.files import sha256
 from stgan_utils.lesions import CLASSES
 
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp")
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".jfif", ".png", ".bmp", ".tif", ".tiff", ".webp")
 EXTRAS = ("age", "sex", "localization", "dx_type", "dataset", "synthetic")
 DEPTH = 3  # Kaggle mounts a dataset up to this many folders below /kaggle/input
 
@@ -133,7 +133,7 @@ def images_below(folder):
 def _find_images(ids, folder):
     """Path of each id's image, "" where there is none. Kaggle has every image twice: the first path by name counts,
     and before other formats, which may be masks, a JPEG."""
-    paths, jpeg = {}, (".jpg", ".jpeg")
+    paths, jpeg = {}, (".jpg", ".jpeg", ".jfif")
     for path in sorted(images_below(folder), key=lambda path: (path.suffix.lower() not in jpeg, str(path))):
         paths.setdefault(path.stem, str(path))
     return [paths.get(each, "") for each in ids]

@@ -453,7 +453,7 @@ def test_of_images_of_one_name_the_jpeg_counts(tmp_path):
     assert table.loc["ISIC_0000000", "path"].endswith("images_part_1/ISIC_0000000.jpg")
 
 
-@pytest.mark.parametrize("suffix", [".bmp", ".TIF", ".tiff", ".webp", ".JPEG"])
+@pytest.mark.parametrize("suffix", [".jfif", ".bmp", ".TIF", ".tiff", ".webp", ".JPEG"])
 def test_other_formats_of_images_are_read_too(tmp_path, suffix):
     for number, code in enumerate(CLASSES):
         picture(tmp_path / code / f"name.with.dots{suffix}", number)
