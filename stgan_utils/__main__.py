@@ -86,7 +86,7 @@ def run(
 def check(folder: Annotated[str, typer.Argument(help="A dataset's folder or file, 'phantom' or 'auto'.")]):
     """Count a dataset's images per class and split, and name what is missing, unreadable, doubled or would leak.
 
-    Exit status 3: some images are bad, and `run` will want to be told what to do with them.
+    Exit status 3: there is something that `run` would refuse.
     """
     from stgan_utils import data
 

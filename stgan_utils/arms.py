@@ -150,7 +150,9 @@ def train(name, run_dir, seed):
         done = read_json(folder / "result.json")
         asked, there = asdict(settings), done["settings"] | {"continue_from": settings.continue_from}  # may be moved
         differ = [name for name in asked if there.get(name) != asked[name]]
-        differ += [name for name in inputs if done.get("inputs", inputs).get(name) != inputs[name]]
+        # Results once did not say which first phase they went on from.
+        made_with = {arm.after: inputs.get(arm.after)} | done.get("inputs", inputs)
+        differ += [name for name in inputs if made_with.get(name) != inputs[name]]
         if not differ:
             return folder
         raise UserError(

@@ -1,5 +1,6 @@
 """From any known dataset to one checked table, its split by lesion, and its images decoded once."""
 
+import contextlib
 import hashlib
 import io
 import json
@@ -121,9 +122,10 @@ def _read(source, phantom=PHANTOM):
     problem[unknown] = "unknown label " + table["label"][unknown]
 
     known = table["lesion_id"] if "lesion_id" in table else pd.Series(np.nan, table.index, object)
-    table["lesion_id"] = _joined(known.fillna(table["image_id"]), digest.where(digest != "", table["image_id"]))
+    table["lesion_id"] = known.fillna(table["image_id"])
     columns = ["image_id", "lesion_id", "label", "path", *(column for column in EXTRAS if column in table)]
     good = table.loc[problem == "", columns].sort_values("image_id", ignore_index=True)
+    good["lesion_id"] = _joined(good["lesion_id"], good["path"].map(facts))
     bad = table.assign(problem=problem).loc[problem != "", ["image_id", "label", "path", "problem"]]
     return layout, good, bad.sort_values(["problem", "image_id"], ignore_index=True)
 
@@ -210,7 +212,10 @@ def split_by_lesion(table, fractions=FRACTIONS, seed=0):
     if len(fractions) != len(SPLITS) or min(fractions) < 0 or abs(sum(fractions) - 1) > 1e-6:
         raise UserError(f"fractions is {tuple(fractions)}; it must be three shares that sum to 1.")
     if len(torn := _two_labels(table)):
-        raise UserError(f"{len(torn)} lesion(s) have images of two classes ({_named(torn)}); correct their labels.")
+        raise UserError(
+            f"{len(torn)} lesion(s), counting those that share a file as one, have images of two classes "
+            f"({_named(torn)}); correct their labels."
+        )
     real = table[~table["synthetic"].astype(bool)] if "synthetic" in table else table
     of_lesion = {}
     for _, rows in real.groupby("label"):
@@ -287,9 +292,8 @@ def image_cache(table, size, folder=None):
     """The table's images, decoded once: uint8 (N, size, size, 3), RGB, memory-mapped, in the table's row order.
 
     Of each image, upright, its largest central square, scaled (bicubic, antialiased): round stays round, whatever the
-    format. The
-    file is named by the content of every image file, so a changed image is noticed; another process that makes the same
-    file at the same time does no harm.
+    format. The file is named by the content of every image file, so a changed image is noticed; another process that
+    makes the same file at the same time does no harm.
 
     Args:
         table: with `path`.
@@ -344,7 +348,8 @@ def _check_mode(image):
 
 def _decode(path, size):
     with Image.open(path) as image:
-        ImageOps.exif_transpose(image, in_place=True)  # a camera stores how it was held, and turns no pixel
+        with contextlib.suppress(Exception):  # of damaged EXIF, which fails in many ways, nothing else depends on
+            ImageOps.exif_transpose(image, in_place=True)  # a camera stores how it was held, and turns no pixel
         return ImageOps.fit(eight_bits(image).convert("RGB"), (size, size), Image.Resampling.BICUBIC).tobytes()
 
 
@@ -354,7 +359,7 @@ def check(source, phantom=PHANTOM):
     Bad images are listed, never raised.
 
     Returns:
-        (the text, how many images are bad).
+        (the text, how many images are bad or lesions have two classes: what `run` would refuse).
 
     Raises:
         UserError: no such folder, an unknown layout, or no image in it.
@@ -388,4 +393,4 @@ def check(source, phantom=PHANTOM):
         if has_lesion_ids(table)
         else f"lesions with several images: not known; this layout {NO_LESION_IDS}",
     ]
-    return "\n".join(lines) + "\n", len(bad)
+    return "\n".join(lines) + "\n", len(bad) + len(torn)

@@ -151,8 +151,8 @@ def train(
     sets = {"train": train_rows, "val": val_rows, "prior": prior_rows}
     run = model.settings | {name: _digest(labels, rows) for name, rows in sets.items()}
     run["images"] = zlib.crc32(np.ascontiguousarray(images))
-    if settings.continue_from:  # what it is, and not where: a run folder may be moved
-        run["continue_from"] = sha256(settings.continue_from)
+    if source := run.pop("continue_from"):  # what it is, and not where: a run folder may be moved
+        run["begun_with"] = sha256(source)
     if taught is not None:
         answers, share = (torch.from_numpy(np.asarray(part, np.float32)) for part in taught)
         run["taught"] = zlib.crc32(answers.numpy().tobytes() + share.numpy().tobytes())
@@ -338,9 +338,9 @@ def _resume(path, run, model, average, optimizer):
     if not path.exists():
         return []
     tensors, header = checkpoints.load(path)
-    there = {"images": run["images"]} | header["run"]  # checkpoints once did not say which images
-    if there != run:
-        differ = [key for key in run if there.get(key) != run[key]]
+    # Checkpoints once did not say which images, nor which weights they began with.
+    there = {key: run[key] for key in ("images", "begun_with") if key in run} | header["run"]
+    if differ := [key for key in run if there.get(key) != run[key]]:
         raise UserError(
             f"{path.parent} holds another run ({', '.join(differ)} differ): choose another folder or delete it."
         )

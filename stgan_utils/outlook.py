@@ -69,10 +69,9 @@ def warnings(step):
         )
     from stgan_utils.data import cache_folder  # pandas
 
-    wants = (
-        (step.folder, room_needed(settings), "set run_dir to a folder of another disk"),
-        (cache_folder(), cache_needed(step), "let STGAN_CACHE name a folder of another disk"),
-    )
+    wants = [(step.folder, room_needed(settings), "set run_dir to a folder of another disk")]
+    if decoded := cache_needed(step):
+        wants.append((cache_folder(), decoded, "let STGAN_CACHE name a folder of another disk"))
     for folder, needed, way_on in wants:
         if (free := shutil.disk_usage(folder).free) < needed:
             found.append(

@@ -71,7 +71,8 @@ def run(data, profile, out, only=None, start=None, jobs=1, force=False, params=N
         only: run the steps whose name begins with this, and no others.
         start: begin at the first step whose name begins with this.
         jobs: how many notebooks may run side by side on one machine; each gets its share of the cores.
-        force: delete what each of the chosen steps left there before, when its turn has come, and run it again.
+        force: delete what the chosen steps left there before, and run them again; where step 00 is one of them, the
+            others once it is through.
         params: {setting: value} for every step that knows the setting; "stage1.iterations" means one kind of step.
         on, address: "local", or "ray" and a cluster's address; see `engine.choose`.
 
@@ -86,6 +87,7 @@ def run(data, profile, out, only=None, start=None, jobs=1, force=False, params=N
     settings = {step.name: step.settings(profile, given[step.kind]) for step in chosen}
     if (out / "notebooks").resolve() in {step.notebook.parent.resolve() for step in chosen}:
         raise UserError(f"{out} holds the notebooks themselves: choose another run folder (--out), such as runs/demo.")
+    runs.refuse_dataset_folder(out, data)
     for step in chosen:
         if not step.notebook.exists():
             raise UserError(f"There is no notebook {step.notebook}: run from a clone of the repository.")
@@ -100,30 +102,35 @@ def run(data, profile, out, only=None, start=None, jobs=1, force=False, params=N
         overrides = {name: getattr(settings[step.name], name) for name in given[step.kind]}
         return {"data": data, "run_dir": str(out), "profile": profile, **overrides}
 
-    began = time.time()
-
     def done(step):
         # The page tells of the other steps: it is made anew whenever one of them has run since.
         stale = step.kind == "report" and _written(out, step.name) < max(_written(out, name) for name in step.needs)
-        return not force and not stale and runs.is_done(out, step.name, settings[step.name], data)
+        return not stale and runs.is_done(out, step.name, settings[step.name], data)
 
     def task(step):
         peers = sum(other.kind == step.kind for other in STEPS)
-        call, trains = (step, parameters(step), began if force else 0), step.kind in TRAIN
+        call, trains = (step, parameters(step)), step.kind in TRAIN
         return engine.Task(step.name, run_step, call, step.needs, peers, trains, partial(done, step))
 
-    tasks = [task(step) for step in chosen]
+    tasks, reported = [task(step) for step in chosen], chosen[-1].kind == "report"
     place = engine.choose(on, tasks, out, jobs, address)
     if (asked, data) == (runs.AUTO, runs.PHANTOM):
         print("There is no HAM10000 here: the images are phantom, drawn and no evidence.", flush=True)
     with alone_in(out):
         files.sweep(out / "notebooks")
+        if force and chosen[0].name == runs.START:  # that the data can be read is known before hours of work go
+            shutil.rmtree(out / runs.START, ignore_errors=True)
+            engine.run_all(tasks[:1], engine.choose(on, tasks[:1], out, jobs, address))
+            del chosen[0], tasks[0]
+        if force:
+            for step in chosen:
+                shutil.rmtree(out / step.name, ignore_errors=True)
         engine.run_all(tasks, place)
-    if chosen[-1].kind == "report":
+    if reported:
         print(f"report: {out / 'report.html'}", flush=True)
 
 
-def run_step(step, parameters, anew_since=0):
+def run_step(step, parameters):
     """Runs one notebook with papermill; afterwards `result.json` stands in the step's folder.
 
     The executed notebook lies in `RUN_DIR/notebooks/`, after a failure too; what a kernel that died wrote to standard
@@ -132,8 +139,6 @@ def run_step(step, parameters, anew_since=0):
     Args:
         step: a Step.
         parameters: `data`, `run_dir`, `profile` and settings of the step that differ from the profile's.
-        anew_since: what was begun there before this time (seconds since 1970) is deleted first; what a machine of a
-            cluster began since, and lost, goes on.
 
     Returns:
         Seconds it took.
@@ -144,9 +149,6 @@ def run_step(step, parameters, anew_since=0):
     """
     from stgan_utils import kernels
 
-    before = Path(parameters["run_dir"]) / step.name
-    if before.exists() and before.stat().st_ctime < anew_since:
-        shutil.rmtree(before)
     kernels.prepare()
     import papermill
     from nbclient.exceptions import DeadKernelError

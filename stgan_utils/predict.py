@@ -45,7 +45,7 @@ def predict_folder(model, source, out, batch_size=None):
     model = model.fused().to(place)
     batch_size = batch_size or (256 if place.type == "cuda" else 32)
     written, unreadable = 0, []
-    with _open_source(source) as (files, read), _open_out(out, [source, *files.values()]) as stream:
+    with _open_source(source) as (files, read), _open_out(out, _read_from(source, files)) as stream:
         for image_id in [each for each in files if each != shown(each)]:
             unreadable.append((shown(files.pop(image_id)), "its name is not UTF-8"))
         writer = csv.writer(stream, lineterminator="\n")
@@ -109,6 +109,11 @@ def _open_source(source):
         yield {source.stem: source}, str
     else:
         raise UserError(f"{source} is no folder, zip archive or image: give one of {', '.join(IMAGE_SUFFIXES)}.")
+
+
+def _read_from(source, files):
+    """The files of the disk that are read: an archive is one."""
+    return files.values() if Path(source).is_dir() else [source]
 
 
 def _open_archive(source):

@@ -104,6 +104,16 @@ def is_done(run_dir, step, settings, data):
     return stored["fingerprint"] == fingerprint(step, settings, data, inputs, stored.get("content"))
 
 
+def refuse_dataset_folder(run_dir, data):
+    """Nothing, unless the run folder is the dataset's own: then files that come or go there would not be noticed.
+
+    Raises:
+        UserError: it is.
+    """
+    if data != PHANTOM and Path(run_dir).resolve() == (Path(data).parent if Path(data).is_file() else Path(data)):
+        raise UserError(f"{run_dir} is the dataset's own folder: choose another run folder (--out).")
+
+
 def check_folder(run_dir, step, settings, data, inputs=None):
     """Nothing, where the step's folder is new, empty or was begun with the same settings, data and inputs.
 
@@ -111,10 +121,8 @@ def check_folder(run_dir, step, settings, data, inputs=None):
         inputs: {earlier step: fingerprint}; None leaves them out of the comparison (they may be about to change).
 
     Raises:
-        UserError: the run folder is the dataset's own, or holds work of another run; the message names what differs.
+        UserError: the folder holds work of another run; the message names what differs.
     """
-    if str(Path(run_dir).resolve()) == data:
-        raise UserError(f"{run_dir} is the dataset's own folder: choose another run folder (--out).")
     folder = Path(run_dir) / step
     begun_with = folder / "settings.json"
     made = {path.name for path in folder.iterdir()} - {begun_with.name, "figures"} if folder.exists() else ()
@@ -155,8 +163,8 @@ def open_step(step, settings, data, run_dir, profile, needs=()):
         OpenStep.
 
     Raises:
-        UserError: no such data, an earlier step is missing or was made from other data, or the step's folder belongs
-            to a run with other settings.
+        UserError: no such data, a run folder that is the dataset's own, an earlier step is missing or was made from
+            other data, or the step's folder belongs to a run with other settings.
     """
     automatic, data = data == AUTO, identify(data)
     run_dir = (places.results() / Path(run_dir).expanduser()).resolve()
@@ -175,6 +183,7 @@ def open_step(step, settings, data, run_dir, profile, needs=()):
                 way_on = f"which is not here: {places.advice('data')}, or choose another run folder"
             raise UserError(f"{run_dir / name} was made from {earlier['data']}, {way_on}.")
     inputs = fingerprints(run_dir, needs)
+    refuse_dataset_folder(run_dir, data)
     check_folder(run_dir, step, settings, data, inputs)
     files.sweep(run_dir / step)
     begun = {"step": step, "settings": asdict(settings), "data": data, "profile": profile, "inputs": inputs}

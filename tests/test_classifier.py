@@ -309,6 +309,16 @@ def test_killed_and_resumed_ends_bit_identical(tmp_path):
         finetune.train(SETTINGS, images, labels, np.arange(48), sets[3], tmp_path / "killed")
     with pytest.raises(UserError, match="images differ"):
         finetune.train(SETTINGS, 255 - images, *sets[1:], tmp_path / "killed")
+    # What it began with counts, not where that lay.
+    for name in ("here", "there"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "model.safetensors").write_bytes((tmp_path / "killed" / finetune.MODEL_FILE).read_bytes())
+    here, there = (replace(SETTINGS, continue_from=str(tmp_path / n / "model.safetensors")) for n in ("here", "there"))
+    second = finetune.train(here, *sets, tmp_path / "second")
+    pd.testing.assert_frame_equal(finetune.train(there, *sets, tmp_path / "second"), second)
+    (tmp_path / "there" / "model.safetensors").write_bytes((tmp_path / "second" / finetune.MODEL_FILE).read_bytes())
+    with pytest.raises(UserError, match="begun_with differ"):
+        finetune.train(there, *sets, tmp_path / "second")
 
 
 def test_a_finished_training_stays_as_it_is_on_another_processor(tmp_path, monkeypatch):

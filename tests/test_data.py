@@ -359,6 +359,16 @@ def test_lesions_with_a_file_in_common_are_one(tmp_path):
     lesions = data.load_dataset(root).set_index("image_id")["lesion_id"]
     assert set(lesions[[f"ISIC_{number:07d}" for number in (0, 1, 14, 15, 28, 29)]]) == {"HAM_0000000"}
     assert lesions.nunique() == 21 - 2
+    # A row that is left out joins nothing.
+    shutil.copyfile(paths["ISIC_0000002"], paths["ISIC_0000004"])
+    metadata = pd.read_csv(root / "HAM10000_metadata.csv")
+    metadata.loc[metadata["image_id"] == "ISIC_0000004", "dx"] = "unknown"
+    metadata.to_csv(root / "HAM10000_metadata.csv", index=False)
+    with pytest.warns(UserWarning, match="left out"):
+        lesions = data.load_dataset(root, on_bad="skip", bad_csv=tmp_path / "bad.csv").set_index("image_id")[
+            "lesion_id"
+        ]
+    assert lesions["ISIC_0000002"] == "HAM_0000001" and lesions["ISIC_0000005"] == "HAM_0000002"
 
 
 def test_a_name_that_is_not_utf_8_is_a_bad_image(tmp_path):
@@ -397,7 +407,8 @@ def test_check_counts_what_would_leak(tmp_path):
     line = next(line for line in report.splitlines() if line.startswith("MEL"))
     assert line.split()[1:3] == ["2", "4"]
     shutil.copy(images[0], images[1])  # of another class: nobody knows which one is right
-    report, _ = data.check(folder)
+    report, bad = data.check(folder)
+    assert bad == 1  # `run` would refuse it
     assert "images of two classes: 1 (HAM_0000000)" in report and "identical files: 1 group(s)" in report
 
 
@@ -522,6 +533,8 @@ def test_an_image_is_seen_as_its_camera_was_held(tmp_path):
     images = data.load_images([tmp_path / "upright.png", tmp_path / "turned.png"], 8)
     np.testing.assert_array_equal(*images)
     assert images[0][0].any()
+    upright.save(tmp_path / "damaged.png", exif=b"Exif\x00\x00no such thing")
+    np.testing.assert_array_equal(data.load_images([tmp_path / "damaged.png"], 8)[0], images[0])
 
 
 def test_pixels_of_32_bits_are_refused_rather_than_black(tmp_path):

@@ -103,13 +103,23 @@ def test_the_notebooks_themselves_are_not_written_over(sequence):
     assert sequence[0].notebook.read_bytes() == before
 
 
-def test_what_is_made_anew_is_deleted_when_its_turn_has_come(sequence, tmp_path):
+def test_what_is_made_anew_is_deleted_once_the_data_were_read(sequence, tmp_path):
     out = tmp_path / "run"
     pipeline.run("phantom", "smoke", out, jobs=2)
     write_notebook(sequence[0], "raise ValueError")
     with pytest.raises(StepFailed):
         pipeline.run("phantom", "smoke", out, jobs=2, force=True)
     assert [bool(runs.result(out, step.name)) for step in sequence] == [False, True, True, True]
+    # Cut off later, the run goes on without being forced again, with the other settings as well.
+    write_notebook(sequence[0], "")
+    write_notebook(sequence[1], "raise ValueError")
+    write_notebook(sequence[2], "")
+    with pytest.raises(StepFailed):
+        pipeline.run("phantom", "smoke", out, force=True, params={"seed": 1})
+    write_notebook(sequence[1], "")
+    pipeline.run("phantom", "smoke", out, params={"seed": 1})
+    assert runs.result(out, "02_stage1_global_gan")["settings"]["seed"] == 1
+    assert all(runs.result(out, step.name) for step in sequence)
 
 
 def test_failure_names_the_cell_and_the_same_call_goes_on(sequence, tmp_path, monkeypatch, capsys):

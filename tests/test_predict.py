@@ -153,6 +153,14 @@ def test_what_is_read_is_never_written_over(model, tmp_path):
         assert out.read_bytes() == before
 
 
+def test_a_name_inside_an_archive_is_no_file_here(model, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Image.new("RGB", (8, 8)).save("lesion.png")
+    with zipfile.ZipFile("images.zip", "w") as archive:
+        archive.write("lesion.png")
+    assert predict_folder(model, "images.zip", "lesion.png")[0] == 1
+
+
 def test_where_nothing_can_be_read_earlier_answers_stay(model, tmp_path):
     (tmp_path / "images").mkdir()
     (tmp_path / "images" / "text.jpg").write_text("no picture")

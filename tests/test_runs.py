@@ -194,4 +194,4 @@ def test_missing_step_and_other_data_are_named(run_dir, tmp_path):
     with pytest.raises(UserError, match="was made from phantom, not from"):
         open_stage1(run_dir, data=tmp_path)
     with pytest.raises(UserError, match="is the dataset's own folder"):
-        runs.check_folder(tmp_path, runs.START, SETTINGS, runs.identify(tmp_path))
+        runs.open_step(runs.START, SETTINGS, tmp_path, tmp_path, "smoke")
