@@ -151,8 +151,8 @@ def train(
     sets = {"train": train_rows, "val": val_rows, "prior": prior_rows}
     run = model.settings | {name: _digest(labels, rows) for name, rows in sets.items()}
     run["images"] = zlib.crc32(np.ascontiguousarray(images))
-    if source := run.pop("continue_from"):  # what it is, and not where: a run folder may be moved
-        run["begun_with"] = sha256(source)
+    source = run.pop("continue_from")  # what it is counts, and not where: a run folder may be moved
+    run["begun_with"] = sha256(source) if source else None
     if taught is not None:
         answers, share = (torch.from_numpy(np.asarray(part, np.float32)) for part in taught)
         run["taught"] = zlib.crc32(answers.numpy().tobytes() + share.numpy().tobytes())
@@ -338,8 +338,9 @@ def _resume(path, run, model, average, optimizer):
     if not path.exists():
         return []
     tensors, header = checkpoints.load(path)
-    # Checkpoints once did not say which images, nor which weights they began with.
-    there = {key: run[key] for key in ("images", "begun_with") if key in run} | header["run"]
+    # Checkpoints once did not say which images, and of the weights that they began with only where they lay.
+    begun_with = (run["begun_with"] or "weights") if header["run"].get("continue_from") else None
+    there = {"images": run["images"], "begun_with": begun_with} | header["run"]
     if differ := [key for key in run if there.get(key) != run[key]]:
         raise UserError(
             f"{path.parent} holds another run ({', '.join(differ)} differ): choose another folder or delete it."

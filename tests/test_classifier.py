@@ -317,8 +317,9 @@ def test_killed_and_resumed_ends_bit_identical(tmp_path):
     second = finetune.train(here, *sets, tmp_path / "second")
     pd.testing.assert_frame_equal(finetune.train(there, *sets, tmp_path / "second"), second)
     (tmp_path / "there" / "model.safetensors").write_bytes((tmp_path / "second" / finetune.MODEL_FILE).read_bytes())
-    with pytest.raises(UserError, match="begun_with differ"):
-        finetune.train(there, *sets, tmp_path / "second")
+    for other in (there, SETTINGS):
+        with pytest.raises(UserError, match="begun_with differ"):
+            finetune.train(other, *sets, tmp_path / "second")
 
 
 def test_a_finished_training_stays_as_it_is_on_another_processor(tmp_path, monkeypatch):
