@@ -17,10 +17,7 @@ from stgan_utils.config import UserError
 from stgan_utils.profiles import PROFILES
 
 PATHS = ("MOBILENET_V2_WEIGHTS", "INCEPTION_WEIGHTS", "STGAN_WEIGHTS", "STGAN_CACHE")  # variables that name one
-PLACE_REFUSED = (
-    *(errno.EACCES, errno.EPERM, errno.EROFS, errno.EEXIST),
-    *(errno.ENOTDIR, errno.ENAMETOOLONG, errno.ELOOP),
-)
+PLACE_REFUSED = (errno.EACCES, errno.EPERM, errno.EROFS, errno.EEXIST, errno.ENOTDIR, errno.ENAMETOOLONG, errno.ELOOP)
 TWO_WORDS = "takes two words: the setting and its value, such as -p iterations 100"
 
 app = typer.Typer(
