@@ -17,7 +17,7 @@ import pandas as pd
 from filelock import FileLock
 from sklearn.model_selection import StratifiedGroupKFold
 
-from stgan_utils import data, device, finetune, generation, runs
+from stgan_utils import data, device, finetune, generation, runs, versions
 from stgan_utils.backbone import load_backbone, load_lite
 from stgan_utils.classifier import Classifier
 from stgan_utils.config import ClassifierSettings, UserError
@@ -339,7 +339,7 @@ def _result(name, settings, folder, images, began):
         "model_sha256": sha256(folder / finetune.MODEL_FILE),
         "seconds": time.monotonic() - began,
         "device": device.describe(settings.width),
-        "commit": runs.git_commit(),
+        "commit": versions.git_commit(),
     }
 
 

@@ -16,7 +16,7 @@ from stgan_utils.config import UserError
 from stgan_utils.fastgan import Discriminator, Generator
 from stgan_utils.files import atomic_path, sha256
 from stgan_utils.lesions import CLASSES
-from stgan_utils.runs import git_commit
+from stgan_utils.versions import git_commit
 
 FORMAT = "stgan-1"
 

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from stgan_utils import data, evaluation, finetune, gradcam, plots, runs
+from stgan_utils import data, evaluation, finetune, gradcam, plots, runs, steps
 from stgan_utils.arms import ARMS, COMPARED, REAL_ONLY, SHARES, arm_named, made_of, real_table, require
 from stgan_utils.classifier import Classifier
 from stgan_utils.config import UserError
@@ -96,7 +96,7 @@ def write_comparison(run_dir):
         table.to_csv(temporary, index=False)
     with atomic_path(folder / "arms.md") as temporary:
         temporary.write_text(text + "\n", encoding="utf-8")
-    runs.save_figure(plots.arms(table, SHARES), folder / "arms.png", _data_name(run_dir))
+    steps.save_figure(plots.arms(table, SHARES), folder / "arms.png", _data_name(run_dir))
     return text
 
 
@@ -131,13 +131,13 @@ def judge(name, run_dir, bootstrap=1000):
         figures[f"grad_cam_{kind}"] = plots.heatmaps(seen, maps, titles, f"Grad-CAM of the surest {kind}, one a class")
     folder = source / "test"
     for title, figure in figures.items():
-        runs.save_figure(figure, folder / f"{title}.png", _data_name(run_dir))
+        steps.save_figure(figure, folder / f"{title}.png", _data_name(run_dir))
     write_json(folder / "result.json", found)
     with atomic_path(folder / "subgroups.csv") as temporary:
         groups.to_csv(temporary, index=False)
     with atomic_path(folder / "README.md") as temporary:
         page = _page(name, found, groups, figures)
-        page = runs.drawn(page) if runs.PHANTOM_NAME in _data_name(run_dir) else page
+        page = steps.drawn(page) if steps.PHANTOM_NAME in _data_name(run_dir) else page
         temporary.write_text(page, encoding="utf-8")
     return folder / "README.md"
 

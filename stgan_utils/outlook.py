@@ -19,7 +19,7 @@ def introduce(step, drawn_for_want):
     """The first words of a step: what it found, and what it will miss.
 
     Args:
-        step: a `runs.OpenStep`.
+        step: a `steps.OpenStep`.
         drawn_for_want: the images are phantom because no others were found.
     """
     print(f"{step.step} · {line(step)}")

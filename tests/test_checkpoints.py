@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from stgan_utils import checkpoints
+from stgan_utils import checkpoints, versions
 from stgan_utils.config import UserError
 from stgan_utils.fastgan import Discriminator, Generator
 from stgan_utils.lesions import CLASSES
@@ -58,7 +58,7 @@ def test_generator_round_trip(networks, tmp_path):
     assert header["class_order"] == list(CLASSES) == ["AKIEC", "BCC", "BKL", "DF", "MEL", "NV", "VASC"]
     assert header["architecture"] == {"kind": "fastgan", "size": 64, "ngf": 8, "nz": 32}
     assert header["iteration"] == 7 and header["settings"] == {"size": 64}
-    assert header["git_commit"] == checkpoints.git_commit()
+    assert header["git_commit"] == versions.git_commit()
 
 
 def test_training_checkpoint_holds_average_and_live_weights(networks, tmp_path):
@@ -79,7 +79,7 @@ def test_training_checkpoint_holds_average_and_live_weights(networks, tmp_path):
 
 def test_git_commit_without_git_is_none(monkeypatch):
     monkeypatch.setenv("PATH", "")
-    assert checkpoints.git_commit() is None
+    assert versions.git_commit() is None
 
 
 @pytest.mark.parametrize("load", [checkpoints.load_generator, checkpoints.load_discriminator])

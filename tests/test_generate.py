@@ -14,7 +14,7 @@ from PIL import Image
 from torch.optim.swa_utils import update_bn
 
 from stgan_utils import __main__ as cli
-from stgan_utils import checkpoints, classifier, data, files, generation, release, weights
+from stgan_utils import checkpoints, classifier, data, files, generation, release, versions, weights
 from stgan_utils.config import UserError
 from stgan_utils.fastgan import Discriminator, Generator
 from stgan_utils.lesions import CLASSES, MINORITY
@@ -322,7 +322,7 @@ def test_release(finished, chosen, repository, phantom_dir, monkeypatch, capsys)
         "ngf": 8,
         "nz": 32,
     }
-    assert entry["trained_on"]["iterations"] == 7 and entry["trained_on"]["commit"] == checkpoints.git_commit()
+    assert entry["trained_on"]["iterations"] == 7 and entry["trained_on"]["commit"] == versions.git_commit()
     assert entry["trained_on"]["command"].endswith("--profile smoke -p stage1.iterations 9 -p stage2.iterations 9")
     distances = entry["figures"]["kid_held_out"]["VASC"], entry["figures"]["kid_held_out_of_stage1"]["VASC"]
     for figures in distances:

@@ -22,7 +22,18 @@ import torch
 from conftest import ROOT
 
 from stgan_utils import __main__ as cli
-from stgan_utils import checkpoints, config, data, download, kaggle_kernels, kaggle_session, pipeline, runs, trainer
+from stgan_utils import (
+    checkpoints,
+    config,
+    data,
+    download,
+    kaggle_kernels,
+    kaggle_session,
+    pipeline,
+    runs,
+    steps,
+    trainer,
+)
 from stgan_utils.classifier import Classifier
 from stgan_utils.config import UserError
 
@@ -212,7 +223,7 @@ def test_a_session_cut_in_the_middle_of_stage_1_changes_nothing(kaggle, tmp_path
 
     settings = config.resolve("stage1", "smoke", {key.split(".")[-1]: value for key, value in LENGTH.items()})
     images = data.image_cache(table[table["split"] == "train"], settings.size)
-    runs.open_step(STAGE1, settings, phantom_dir, elsewhere, "smoke", (START, BASELINE))
+    steps.open_step(STAGE1, settings, phantom_dir, elsewhere, "smoke", (START, BASELINE))
     folders = [out / STAGE1, elsewhere / STAGE1, tmp_path / "undisturbed"]
     for folder in folders[1:]:
         trainer.GanTrainer(settings, images, folder).run()
@@ -228,7 +239,7 @@ def baseline(run_dir):
     (run_dir / START).mkdir(parents=True)
     download.unzip(archive, run_dir / START)
     images = next(mounts.glob("datasets/*/*"))
-    step = runs.open_step(BASELINE, config.resolve("baseline", "smoke"), str(images), run_dir, "smoke", (START,))
+    step = steps.open_step(BASELINE, config.resolve("baseline", "smoke"), str(images), run_dir, "smoke", (START,))
     Classifier({"size": 64, "mean": [0.5] * 3, "std": [0.5] * 3}).save(step.folder / "model.safetensors")
     step.finish({}, "")
     kaggle_session.end_session(BASELINE, run_dir)
@@ -370,7 +381,7 @@ def test_a_session_that_failed_does_not_cost_the_checkpoint_before_it(kaggle, ru
 def archive_of_start(tmp_path, images):
     """Step 00 as a kernel leaves it, for images that lie at `images`."""
     there = tmp_path / "there" / "run"
-    step = runs.open_step(START, config.resolve("data", "smoke"), images, there, "smoke")
+    step = steps.open_step(START, config.resolve("data", "smoke"), images, there, "smoke")
     table = data.split_by_lesion(data.load_dataset(images))
     data.save_table(table, step.folder / "table.csv")
     step.finish({}, "")
@@ -392,7 +403,7 @@ def test_a_pull_that_fails_leaves_nothing(kaggle, run_dir, tmp_path, phantom_dir
     assert sorted(os.listdir(run_dir)) == [".lock", "kaggle"]
 
     # Work of another run is not written over.
-    other = runs.open_step(START, config.resolve("data", "smoke", {"seed": 1}), phantom_dir, run_dir, "smoke")
+    other = steps.open_step(START, config.resolve("data", "smoke", {"seed": 1}), phantom_dir, run_dir, "smoke")
     (other.folder / "table.csv").write_text("mine")
     with pytest.raises(UserError, match=r"belongs to a run with other settings \(seed 1 there, 0 asked for\)"):
         kaggle_kernels.pull("all", run_dir, phantom_dir)
@@ -408,7 +419,7 @@ def test_a_step_made_from_another_earlier_step_is_refused(kaggle, run_dir, tmp_p
     mounted = tmp_path / "kaggle" / "input" / "datasets" / "kmader" / "skin-cancer-mnist-ham10000"
     shutil.copytree(phantom_dir, mounted)
     pushed(kaggle, run_dir, "COMPLETE", files={f"{START}.zip": archive_of_start(tmp_path, mounted)})
-    mine = runs.open_step(START, config.resolve("data", "smoke", {"seed": 1}), phantom_dir, run_dir, "smoke")
+    mine = steps.open_step(START, config.resolve("data", "smoke", {"seed": 1}), phantom_dir, run_dir, "smoke")
     mine.finish({}, "")
     kaggle_kernels.push("01", run_dir, profile="smoke")
     kaggle.work(by=baseline)

@@ -146,7 +146,7 @@ def test_parameters_are_those_of_the_settings(notebook):
 def test_opens_its_own_step_with_what_the_pipeline_says_it_needs(notebook):
     source = "\n".join(cell.source for cell in code_cells(notebook))
     step = STEPS[notebook.path.stem.replace(".template", "_DF")]
-    opened = re.search(r'runs\.open_step\(f?"([^"]+)"', source).group(1).replace("{lesion}", "DF")
+    opened = re.search(r'steps\.open_step\(f?"([^"]+)"', source).group(1).replace("{lesion}", "DF")
     assert step.name == opened.replace("03_stage2_DF", step.name)
     written = set(re.findall(r'"(0\d_[a-z0-9_]+?)"', source)) - {opened}
     missing = {name for name in step.needs if not name.startswith("03")} - written

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from stgan_utils import config, device, fastgan, outlook, places, runs
+from stgan_utils import config, device, fastgan, outlook, places, steps
 
 
 @pytest.fixture(autouse=True)
@@ -32,7 +32,7 @@ STAGE1 = config.resolve("stage1", "kaggle")
 
 
 def begun(tmp_path, settings=STAGE1, profile="kaggle"):
-    return runs.OpenStep("step", settings, "phantom", profile, tmp_path, {}, data_name="HAM10000, n = 7")
+    return steps.OpenStep("step", settings, "phantom", profile, tmp_path, {}, data_name="HAM10000, n = 7")
 
 
 def warned(tmp_path, kind, profile, **given):

@@ -21,8 +21,8 @@ import sys, time, types
 from pathlib import Path
 # Torch takes seconds to import and these notebooks compute nothing.
 sys.modules["stgan_utils.device"] = types.SimpleNamespace(describe=lambda: "cpu")
-from stgan_utils import config, report, runs
-step = runs.open_step({name!r}, config.resolve({kind!r}, profile, globals()), data, run_dir, profile, {needs!r})
+from stgan_utils import config, report, runs, steps
+step = steps.open_step({name!r}, config.resolve({kind!r}, profile, globals()), data, run_dir, profile, {needs!r})
 """
 # Each waits for the other: only side by side do they end.
 MEET = """

@@ -24,7 +24,7 @@ from conftest import ROOT
 from nbclient.exceptions import DeadKernelError
 
 import stgan_utils
-from stgan_utils import backbone, checkpoints, config, data, places, runs, trainer, weights
+from stgan_utils import backbone, checkpoints, config, data, places, runs, steps, trainer, weights
 from stgan_utils.classifier import Classifier
 from stgan_utils.config import UserError
 from stgan_utils.files import sha256
@@ -129,7 +129,7 @@ def test_colab_disconnected_in_the_middle_of_stage_1(place, phantom_dir, monkeyp
     length |= {"sample_every": 40, "evaluate_every": 40}
 
     assert "data: HAM10000 · cpu (" in run(START, content)
-    baseline = runs.open_step(BASELINE, config.resolve("baseline", "smoke"), drive / "HAM10000", run_dir, "smoke")
+    baseline = steps.open_step(BASELINE, config.resolve("baseline", "smoke"), drive / "HAM10000", run_dir, "smoke")
     Classifier({"size": 64, "mean": [0.5] * 3, "std": [0.5] * 3}).save(baseline.folder / "model.safetensors")
     baseline.finish({}, "")
     checkpoint = run_dir / STAGE1 / "checkpoint.safetensors"
@@ -288,28 +288,28 @@ def test_results_go_where_they_outlive_the_session(machine, tmp_path, monkeypatc
 def test_a_missing_step_is_said_with_the_way_on(machine, tmp_path, variable, advice):
     machine(variable)
     with pytest.raises(UserError, match=rf"run notebooks/{START}\.ipynb first.*{advice}"):
-        runs.open_step(BASELINE, config.resolve("baseline", "smoke"), "phantom", tmp_path / "run", "smoke", (START,))
+        steps.open_step(BASELINE, config.resolve("baseline", "smoke"), "phantom", tmp_path / "run", "smoke", (START,))
 
 
 def test_images_that_this_session_lacks_are_asked_for_again(machine, tmp_path, phantom_dir):
     settings = config.resolve("data", "smoke")
-    runs.open_step(START, settings, phantom_dir, tmp_path / "run", "smoke").finish({}, "")
+    steps.open_step(START, settings, phantom_dir, tmp_path / "run", "smoke").finish({}, "")
     machine("COLAB_RELEASE_TAG")
     with pytest.raises(UserError, match=rf"was made from {phantom_dir}, which is not here: run `import kagglehub; "):
-        runs.open_step(BASELINE, config.resolve("baseline", "smoke"), "auto", tmp_path / "run", "smoke", (START,))
+        steps.open_step(BASELINE, config.resolve("baseline", "smoke"), "auto", tmp_path / "run", "smoke", (START,))
 
 
 def test_an_unfinished_step_goes_on_from_the_input_of_the_next_session(machine, tmp_path):
     machine("KAGGLE_KERNEL_RUN_TYPE")
     settings = config.resolve("data", "smoke")
     left = places.KAGGLE_INPUT / "notebooks" / "somebody" / "start"
-    begun = runs.open_step(START, settings, "phantom", left / "runs" / "demo", "smoke")
+    begun = steps.open_step(START, settings, "phantom", left / "runs" / "demo", "smoke")
     (begun.folder / "checkpoint").write_text("half")
-    opened = runs.open_step(START, settings, "phantom", "runs/demo", "smoke")
+    opened = steps.open_step(START, settings, "phantom", "runs/demo", "smoke")
     assert opened.folder == places.KAGGLE_WORKING / "runs" / "demo" / START
     assert (opened.folder / "checkpoint").read_text() == "half"
     (opened.folder / "checkpoint").write_text("whole")  # what is made here is not taken back
-    runs.open_step(START, settings, "phantom", "runs/demo", "smoke")
+    steps.open_step(START, settings, "phantom", "runs/demo", "smoke")
     assert (opened.folder / "checkpoint").read_text() == "whole"
     assert not runs.result(places.KAGGLE_WORKING / "runs" / "other", START)
 

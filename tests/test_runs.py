@@ -9,7 +9,7 @@ import pytest
 from matplotlib.figure import Figure
 from matplotlib.text import Text
 
-from stgan_utils import files, plots, runs
+from stgan_utils import files, plots, runs, steps
 from stgan_utils.config import Stage1Settings, Stage2Settings, UserError, resolve
 
 SETTINGS = Stage1Settings(iterations=7)
@@ -18,13 +18,13 @@ SETTINGS = Stage1Settings(iterations=7)
 @pytest.fixture
 def run_dir(tmp_path):
     """A run folder whose step 00 is done, on the embedded dataset."""
-    step = runs.open_step(runs.START, resolve("data", "smoke"), "phantom", tmp_path, "smoke")
+    step = steps.open_step(runs.START, resolve("data", "smoke"), "phantom", tmp_path, "smoke")
     step.finish({}, "")
     return tmp_path
 
 
 def open_stage1(run_dir, settings=SETTINGS, data="phantom"):
-    return runs.open_step("02", settings, data, run_dir, "smoke", needs=(runs.START,))
+    return steps.open_step("02", settings, data, run_dir, "smoke", needs=(runs.START,))
 
 
 def test_fingerprint_ignores_order_and_time_budget_and_nothing_else():
@@ -73,7 +73,7 @@ def test_result_holds_what_was_collected(run_dir, capsys):
         (files.__file__, "used: elsewhere"),
     ]
     assert stored["settings"]["iterations"] == 7
-    assert stored["data_name"] == runs.PHANTOM_NAME
+    assert stored["data_name"] == steps.PHANTOM_NAME
     assert open_stage1(run_dir).earlier(runs.START)["step"] == runs.START
 
 
@@ -82,7 +82,7 @@ def test_no_figure_of_phantom_images_calls_them_real(data, run_dir, tmp_path):
     (tmp_path / "real lesions").mkdir()
     step = open_stage1(run_dir) if data == "phantom" else None
     if step is None:
-        step = runs.open_step("02", SETTINGS, tmp_path / "real lesions", tmp_path / "other", "real-cpu")
+        step = steps.open_step("02", SETTINGS, tmp_path / "real lesions", tmp_path / "other", "real-cpu")
     word = "phantom" if data == "phantom" else "real"
     ours, beside, others = (
         plots.image_rows({"real": images, "unreal": images}, "Real, profile real-cpu")
@@ -119,14 +119,14 @@ def test_step_00_looks_again_when_files_came_or_went(tmp_path):
     images.mkdir()
     (images / "1.jpg").write_bytes(b"1")
     settings = resolve("data", "smoke")
-    runs.open_step(runs.START, settings, images, run_dir, "smoke").finish({}, "", content="first")
+    steps.open_step(runs.START, settings, images, run_dir, "smoke").finish({}, "", content="first")
     data = str(images)
     assert runs.is_done(run_dir, runs.START, settings, data)
     (images / ".hidden.jpg").touch()
     (run_dir / "02").mkdir()
     (run_dir / "02" / "made.png").touch()  # a run inside its dataset is no part of it
     assert runs.is_done(run_dir, runs.START, settings, data)
-    stage1 = runs.open_step("02", SETTINGS, data, run_dir, "smoke", needs=(runs.START,))
+    stage1 = steps.open_step("02", SETTINGS, data, run_dir, "smoke", needs=(runs.START,))
     stage1.finish({}, "")
 
     (images / "part 2").mkdir()
@@ -134,7 +134,7 @@ def test_step_00_looks_again_when_files_came_or_went(tmp_path):
     assert not runs.is_done(run_dir, runs.START, settings, data)
     # The same content, laid out otherwise, is the same for all that follows; other content is not.
     for content, same in (("first", True), ("second", False)):
-        runs.open_step(runs.START, settings, images, run_dir, "smoke").finish({}, "", content=content)
+        steps.open_step(runs.START, settings, images, run_dir, "smoke").finish({}, "", content=content)
         assert runs.is_done(run_dir, runs.START, settings, data)
         assert runs.is_done(run_dir, "02", SETTINGS, data) is same
 
@@ -146,7 +146,7 @@ def test_a_step_made_anew_with_another_outcome_is_noticed(run_dir):
         step.model(step.folder / "model.bin")
         step.finish({}, "")
         if not runs.result(run_dir, "03"):
-            runs.open_step("03", Stage2Settings(), "phantom", run_dir, "smoke", needs=("02",)).finish({}, "")
+            steps.open_step("03", Stage2Settings(), "phantom", run_dir, "smoke", needs=("02",)).finish({}, "")
         assert runs.is_done(run_dir, "02", SETTINGS, "phantom")
         assert runs.is_done(run_dir, "03", Stage2Settings(), "phantom") is same
 
@@ -188,10 +188,10 @@ def test_a_folder_from_before_a_setting_was_there_stood_at_its_default(run_dir):
 
 def test_missing_step_and_other_data_are_named(run_dir, tmp_path):
     with pytest.raises(UserError, match=r"01_baseline has not been run in .*notebooks/01_baseline\.ipynb first"):
-        runs.open_step("05", SETTINGS, "phantom", run_dir, "smoke", needs=(runs.START, "01_baseline"))
+        steps.open_step("05", SETTINGS, "phantom", run_dir, "smoke", needs=(runs.START, "01_baseline"))
     with pytest.raises(UserError, match=r"There is no .*nowhere: give data"):
         open_stage1(run_dir, data=tmp_path / "nowhere")
     with pytest.raises(UserError, match="was made from phantom, not from"):
         open_stage1(run_dir, data=tmp_path)
     with pytest.raises(UserError, match="is the dataset's own folder"):
-        runs.open_step(runs.START, SETTINGS, tmp_path, tmp_path, "smoke")
+        steps.open_step(runs.START, SETTINGS, tmp_path, tmp_path, "smoke")

@@ -8,7 +8,7 @@ import pandas as pd
 from conftest import command
 from PIL import Image
 
-from stgan_utils import ablation, checkpoints, config, generation, pipeline, runs
+from stgan_utils import ablation, checkpoints, config, generation, pipeline, runs, steps
 from stgan_utils.files import sha256
 from stgan_utils.lesions import CLASSES, MINORITY
 
@@ -28,7 +28,7 @@ def test_every_step_left_its_result(smoke):
 def test_every_figure_of_drawn_images_says_so(smoke):
     page = (smoke / "report.html").read_text(encoding="utf-8")
     assert "drawn, not photographed" in page and "Not a medical device" in page
-    assert runs.result(smoke, runs.START)["data_name"].startswith(runs.PHANTOM_NAME)
+    assert runs.result(smoke, runs.START)["data_name"].startswith(steps.PHANTOM_NAME)
 
 
 def test_stage2_generates_from_its_best_checkpoint_and_any_image_can_be_made_again(smoke):
