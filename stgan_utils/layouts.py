@@ -117,17 +117,23 @@ def is_image(path):
 
     Hidden files and the doubles that macOS puts into archives are none, nor is what a killed program half wrote.
     """
-    return path.suffix.lower() in IMAGE_SUFFIXES and not _is_hidden(path)
+    return path.suffix.lower() in IMAGE_SUFFIXES and not is_hidden(path)
 
 
-def _is_hidden(path):
+def is_hidden(path):
+    """Whether a path, relative to the folder that was named, has a part that systems hide or that macOS added."""
     return any(part.startswith((".", "__MACOSX")) for part in path.parts)
 
 
 def images_below(folder):
     """Paths of all images below a folder, linked folders too, sorted."""
+    return [Path(folder, path) for path in files_below(folder) if is_image(path)]
+
+
+def files_below(folder):
+    """Paths of all files below a folder, relative to it, linked folders too, sorted."""
     paths = (Path(parent, name) for parent, _, names in os.walk(folder, followlinks=True) for name in names)
-    return sorted(path for path in paths if is_image(path.relative_to(folder)))
+    return sorted(path.relative_to(folder) for path in paths)
 
 
 def _find_images(ids, folder):
@@ -184,7 +190,7 @@ def _read_isic(file, folder, cache):
     frame = _read_text(file, "image")
     ids = _stems(frame["image"])
     table = pd.DataFrame({"image_id": ids, "label": _labels_of_one_hot(frame, file), "path": _find_images(ids, folder)})
-    groupings = [path for path in folder.rglob("*LesionGroupings*.csv") if not _is_hidden(path.relative_to(folder))]
+    groupings = [path for path in folder.rglob("*LesionGroupings*.csv") if not is_hidden(path.relative_to(folder))]
     if groupings:
         lesions = pd.concat([_read_text(each, "image", "lesion_id") for each in sorted(groupings)])
         lesions = lesions.drop_duplicates("image")

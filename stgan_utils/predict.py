@@ -17,7 +17,7 @@ from tqdm.auto import tqdm
 from stgan_utils import data, device
 from stgan_utils.config import UserError
 from stgan_utils.files import atomic_path, refuse_input, shown
-from stgan_utils.layouts import IMAGE_SUFFIXES, images_below, is_image
+from stgan_utils.layouts import IMAGE_SUFFIXES, files_below, is_hidden, is_image
 
 # Columns of the submission format, after `image`.
 ISIC_ORDER = ("MEL", "NV", "BCC", "AKIEC", "BKL", "DF", "VASC")
@@ -99,16 +99,25 @@ def _open_source(source):
     if not source.exists():
         raise UserError(f"There is no {source}.")
     if source.is_dir():
-        yield _by_id(source, images_below(source)), str
+        yield _by_id(source, [source / path for path in _images(files_below(source))]), str
     elif zipfile.is_zipfile(source) or source.suffix.lower() == ".zip":
         with _open_archive(source) as archive:
             names = [info.filename for info in archive.infolist() if not info.is_dir()]
-            files = _by_id(source, [name for name in names if is_image(PurePosixPath(name))])
-            yield files, lambda name: io.BytesIO(archive.read(name))
+            yield _by_id(source, _images(names)), lambda name: io.BytesIO(archive.read(name))
     elif source.is_file() and is_image(Path(source.name)):
         yield {source.stem: source}, str
     else:
         raise UserError(f"{source} is no folder, zip archive or image: give one of {', '.join(IMAGE_SUFFIXES)}.")
+
+
+def _images(names):
+    """The names that are those of images; says on standard error which others get no row."""
+    paths = [PurePosixPath(name) for name in names]
+    others = Counter(path.suffix.lower() or path.name for path in paths if not (is_image(path) or is_hidden(path)))
+    if others:
+        kinds = ", ".join(f"{shown(kind)} ({count})" for kind, count in others.most_common(5))
+        print(f"no image by its ending, so passed over: {others.total()} file(s): {kinds}", file=sys.stderr)
+    return [name for name, path in zip(names, paths, strict=True) if is_image(path)]
 
 
 def _read_from(source, files):

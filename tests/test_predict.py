@@ -176,3 +176,22 @@ def test_a_name_that_is_not_utf_8_costs_one_row_and_not_the_others(model, tmp_pa
     written, unreadable = predict_folder(model, tmp_path, tmp_path / "out.csv")
     assert written == 1 and pd.read_csv(tmp_path / "out.csv")["image"].tolist() == ["good"]
     assert unreadable == [(f"{tmp_path}/caf\\udce9.png", "its name is not UTF-8")]
+
+
+def test_files_passed_over_are_counted_by_kind(model, folder, tmp_path, capsys):
+    for name in ("good.png", "IMG_1.HEIC", "b/IMG_2.heic", "notes", ".hidden.heic"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        Image.new("RGB", (8, 8)).save(tmp_path / name, "png")
+    with zipfile.ZipFile(tmp_path / "images.zip", "w") as archive:
+        for path in tmp_path.rglob("*[!p]"):
+            if path.is_file():
+                archive.write(path, path.relative_to(tmp_path))
+    for source, others in (
+        (tmp_path, "4 file(s): .heic (2), .zip (1), notes (1)"),
+        (tmp_path / "images.zip", "3 file(s): .heic (2), notes (1)"),
+    ):
+        assert predict_folder(model, source, "-") == (1, [])
+        said = capsys.readouterr().err
+        assert f"no image by its ending, so passed over: {others}\n" in said
+    predict_folder(model, tmp_path / "good.png", "-")
+    assert "passed over" not in capsys.readouterr().err
