@@ -7,6 +7,7 @@ from itertools import permutations
 
 import numpy as np
 import pandas as pd
+from scipy.stats import binomtest
 
 from stgan_utils.lesions import CLASSES, MAJORITY
 
@@ -20,7 +21,8 @@ def evaluate(y_true, proba, groups=None, bootstrap=1000, seed=0):
 
     Intervals are percentiles over bootstrap resamples of *lesions*: pictures of one lesion are no independent evidence.
     A thousand resamples through scikit-learn would take a minute; here all of them are one matrix product a figure,
-    and the tests hold the figures equal to scikit-learn's and torchmetrics'.
+    and the tests hold the figures equal to scikit-learn's and torchmetrics'. A share that no resample moves, such as 12
+    lesions of 12, has Wilson's interval (JASA 1927) instead. A resample's means are of the classes it has.
 
     Args:
         y_true: N class codes.
@@ -32,10 +34,17 @@ def evaluate(y_true, proba, groups=None, bootstrap=1000, seed=0):
         A dict fit for JSON:
         `images`, `lesions`, `classes` (order of the matrix), `confusion_matrix` (rows true, columns predicted);
         `metrics`: {name: {"value", "low", "high"}} of accuracy, balanced_accuracy (mean recall), macro_f1, macro_auc
-        (one against the rest), mel_sensitivity_at_90 and _at_95 (% specificity), ece (top answer, 15 bins);
+        (one against the rest), mel_sensitivity_at_90 and _at_95 (% specificity), ece (top answer, 15 bins); ece also
+        has "if_calibrated", what perfectly calibrated answers of these probabilities would come to on average: chance
+        alone opens gaps, and more of them in a resample, so the middle of its interval lies above its value;
         `per_class`: {code: {"images", "recall", "precision", "auc"}}, the last three with intervals;
         `trivial`: accuracy, balanced_accuracy and macro_f1 of answering NV always.
-        A figure that the images do not define (a class without images) is None and left out of the means.
+        A figure that the images do not define (a class without images) is None and left out of the means; the F1 of a
+        class that was only ever answered is 0 and counts, as in scikit-learn.
+
+    Raises:
+        ValueError: columns that are not the classes, labels that are none, answers that are not finite, images of no
+            lesion.
     """
     y_true, proba = _aligned(y_true, proba)
     weights, lesions = _resamples(len(y_true), groups, bootstrap, seed)
@@ -44,15 +53,27 @@ def evaluate(y_true, proba, groups=None, bootstrap=1000, seed=0):
     trivial = _from_confusion(_confusion(y_true, always, weights[:1]))
     counts = np.bincount(y_true, minlength=len(CLASSES))
     matrix = _confusion(y_true, proba, weights[:1])[0].astype(int)
+    lesion = np.arange(len(y_true)) if groups is None else np.asarray(groups)
+    shares = {
+        "accuracy": lesions,
+        "recall": [len(set(lesion[y_true == i])) for i in range(len(CLASSES))],
+        "precision": [len(set(lesion[proba.argmax(1) == i])) for i in range(len(CLASSES))],
+    }
+    metrics = {name: _interval(values, shares.get(name)) for name, values in figures.items() if values.ndim == 1}
+    metrics["ece"]["if_calibrated"] = _ece_if_calibrated(proba, seed)
     return {
         "images": len(y_true),
         "lesions": int(lesions),
         "classes": list(CLASSES),
         "confusion_matrix": matrix.tolist(),
-        "metrics": {name: _interval(values) for name, values in figures.items() if values.ndim == 1},
+        "metrics": metrics,
         "per_class": {
             code: {"images": int(counts[i])}
-            | {name: _interval(values[:, i]) for name, values in figures.items() if values.ndim == 2}
+            | {
+                name: _interval(values[:, i], shares[name][i] if name in shares else None)
+                for name, values in figures.items()
+                if values.ndim == 2
+            }
             for i, code in enumerate(CLASSES)
         },
         "trivial": {
@@ -81,7 +102,8 @@ def over_seeds(y_true, probas, others, groups=None, bootstrap=1000, seed=0):
     """Mean figures of a recipe trained with several seeds, and what it gains over another one.
 
     A resample draws lesions and, apart from them, seeds: the interval holds what another sample of lesions *and*
-    another training would have changed. The same draws serve both recipes, seed by seed.
+    another training of the classifier would have changed, not another training of the GANs. The same draws serve both
+    recipes, seed by seed.
 
     Args:
         y_true: N class codes.
@@ -122,6 +144,8 @@ def _resamples(count, groups, bootstrap, seed):
     Row 0 is the set itself, the others say how often a resample of lesions drew each image.
     """
     lesion = pd.factorize(np.asarray(groups))[0] if groups is not None else np.arange(count)
+    if lesion.min() < 0:
+        raise ValueError(f"{(lesion < 0).sum()} images have no lesion id")
     lesions = lesion.max() + 1
     draws = np.random.default_rng(seed).multinomial(lesions, np.full(lesions, 1 / lesions), size=bootstrap)
     return np.vstack([np.ones(count), draws[:, lesion]]), lesions
@@ -134,13 +158,22 @@ def _aligned(y_true, proba):
     y_true = np.asarray(y_true)
     if len(y_true) != len(proba) or not set(y_true) <= set(CLASSES):
         raise ValueError(f"{len(y_true)} labels for {len(proba)} rows, among them {sorted(set(y_true) - set(CLASSES))}")
-    return np.array([CLASSES.index(code) for code in y_true]), proba[list(CLASSES)].to_numpy(float)
+    answers = proba[list(CLASSES)].to_numpy(float)
+    if not np.isfinite(answers).all():
+        raise ValueError(f"{(~np.isfinite(answers)).any(1).sum()} rows of answers are not finite")
+    return np.array([CLASSES.index(code) for code in y_true]), answers
 
 
-def _interval(values):
-    """Row 0's value and the 2.5 and 97.5 percentiles of the other rows; None where there is none."""
+def _interval(values, lesions=None):
+    """Row 0's value and the 2.5 and 97.5 percentiles of the other rows; None where there is none.
+
+    Args:
+        lesions: of how many lesions the values are a share; Wilson's interval where all of them or none are in it.
+    """
     drawn = values[1:][~np.isnan(values[1:])]
     value, low, high = values[0], *(np.percentile(drawn, [2.5, 97.5]) if len(drawn) else (np.nan, np.nan))
+    if lesions and len(drawn) and value in (0, 1):
+        low, high = binomtest(round(value * lesions), lesions).proportion_ci(method="wilson")
     known = {"value": value, "low": low, "high": high}
     return {name: None if np.isnan(figure) else float(figure) for name, figure in known.items()}
 
@@ -207,6 +240,13 @@ def _ece(y_true, proba, weights):
     return np.abs(gap).sum(1) / weights.sum(1)
 
 
+def _ece_if_calibrated(proba, seed, draws=1000):
+    """Mean ECE where each answer is right with just the probability that it gives."""
+    bins, confidence, _ = _bins(np.zeros(len(proba)), proba, ECE_BINS)
+    hit = np.random.default_rng(seed).random((draws, len(proba))) < confidence
+    return float(np.abs((hit - confidence) @ np.eye(ECE_BINS)[bins]).sum(1).mean() / len(proba))
+
+
 def _bins(y_true, proba, count):
     confidence = proba.max(1)
     bins = np.clip(np.ceil(confidence * count).astype(int) - 1, 0, count - 1)
@@ -229,7 +269,8 @@ def by_subgroup(table, y_true, proba, column, bootstrap=200, seed=0):
 
     Returns:
         DataFrame, one row a group: `group, images, lesions, classes` (present) and `value`, `_low`, `_high` of each
-        figure. Images without an entry in `column` are the group "unknown".
+        figure. Images without an entry in `column` are the group "unknown". The interval of a
+        balanced accuracy is that of `_mean_recall`: of a class of few lesions many resamples would have none.
     """
     values = table[column]
     if column == "age":
@@ -241,11 +282,29 @@ def by_subgroup(table, y_true, proba, column, bootstrap=200, seed=0):
         result = evaluate(y_true[chosen], proba[chosen], table["lesion_id"].to_numpy()[chosen], bootstrap, seed)
         row = {"group": group, "images": result["images"], "lesions": result["lesions"]}
         row["classes"] = len(set(y_true[chosen]))
+        lesions = table[chosen].groupby(y_true[chosen])["lesion_id"].nunique()
+        recalls = [result["per_class"][code]["recall"]["value"] for code in lesions.index]
+        result["metrics"]["balanced_accuracy"] = _mean_recall(np.array(recalls), lesions.to_numpy(), seed)
         for name in ("accuracy", "balanced_accuracy"):
             figure = result["metrics"][name]
             row |= {name: figure["value"], f"{name}_low": figure["low"], f"{name}_high": figure["high"]}
         rows.append(row)
     return pd.DataFrame(rows)
+
+
+def _mean_recall(recalls, lesions, seed, draws=4000):
+    """The mean of classes' recalls, with the middle 95 % of its posterior.
+
+    K. H. Brodersen et al., "The balanced accuracy and its posterior distribution", ICPR 2010, with Jeffreys' prior: of
+    what a single lesion of a class shows, a bootstrap takes no doubt into account.
+
+    Args:
+        recalls, lesions: those of each class that is there.
+    """
+    hits = recalls * lesions
+    drawn = np.random.default_rng(seed).beta(hits + 0.5, lesions - hits + 0.5, size=(draws, len(lesions))).mean(1)
+    value, (low, high) = recalls.mean(), np.percentile(drawn, [2.5, 97.5])
+    return {"value": float(value), "low": float(min(low, value)), "high": float(max(high, value))}
 
 
 def by_subgroups(table, y_true, proba, bootstrap=200, seed=0):

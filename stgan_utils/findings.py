@@ -148,6 +148,7 @@ def _page(name, found, groups, figures):
             return "–"
         return "{value:.3f} ({low:.3f} … {high:.3f})".format(**interval)
 
+    calibrated = found["metrics"]["ece"]["if_calibrated"]
     lines = [f"# {ARMS[name].text}: {found['images']:,} real test images of {found['lesions']:,} lesions", ""]
     lines += [
         "Not a medical device: no answer of a classifier is a diagnosis. These figures are those of the network",
@@ -156,13 +157,22 @@ def _page(name, found, groups, figures):
     ]
     lines += ["| figure | value, 95 % interval over lesions |", "|---|---|"]
     lines += [f"| {figure.replace('_', ' ')} | {cell(interval)} |" for figure, interval in found["metrics"].items()]
-    lines += ["", "| class | images | recall | precision | AUC |", "|---|---|---|---|---|"]
+    lines += [
+        "",
+        f"By chance alone, answers that mean just what they say would have an ece of {calibrated:.3f} on this many;",
+        "the middle of its interval lies above its value for the same reason.",
+        "",
+    ]
+    lines += ["| class | images | recall | precision | AUC |", "|---|---|---|---|---|"]
     for code, row in found["per_class"].items():
         lines.append(
             f"| {code} | {row['images']} | {cell(row['recall'])} | {cell(row['precision'])} | {cell(row['auc'])} |"
         )
     if len(groups):
         lines += [
+            "",
+            "Intervals of a group's balanced accuracy are those of Brodersen et al. (ICPR 2010): a class of one lesion",
+            "counts there as the little that it is, where resampling would miss it or take it for certain.",
             "",
             "| column | group | images | lesions | classes | balanced accuracy | accuracy |",
             "|" + "---|" * 7,

@@ -259,8 +259,10 @@ def memorisation_summary(nearest, control):
     Returns:
         {"n", "n_control", "feature": {...}, "hash": {...}, "warnings": [...]}; for each distance its `median`,
         `median_control` and their `ratio` (None if the control's median is 0), `limit` (the control's 1st percentile),
-        `below_limit` (share of generated images below it; 0.01 is expected), `nearer` (chance that a generated image is
-        nearer than a held-out one; 0.5 is expected, 1 is copying) and `p_value` (one-sided Mann-Whitney test of that).
+        `below_limit` (share of generated images below it), `below_limit_expected` (what it is on average without
+        copying: 0.01 for many held-out images, 0.11 for nine, whose limit is hardly more than the nearest one's
+        distance), `nearer` (chance that a generated image is nearer than a held-out one; 0.5 is expected, 1 is copying)
+        and `p_value` (one-sided Mann-Whitney test of that).
     """
     summary = {"n": len(nearest), "n_control": len(control), "warnings": []}
     if len(control) < 100:
@@ -277,6 +279,7 @@ def memorisation_summary(nearest, control):
             "ratio": float(made.median() / fresh.median()) if fresh.median() > 0 else None,
             "limit": limit,
             "below_limit": float((made < limit).mean()),
+            "below_limit_expected": (1 + 0.01 * (len(fresh) - 1)) / (len(fresh) + 1),
             "nearer": float(1 - test.statistic / (len(made) * len(fresh))),
             "p_value": float(test.pvalue),
         }

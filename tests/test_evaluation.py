@@ -104,6 +104,42 @@ def test_interval_is_that_of_a_plain_bootstrap_over_lesions(answers):
     assert many["metrics"]["accuracy"]["low"] == pytest.approx(figure["low"], abs=0.01)
 
 
+def test_a_share_that_no_resample_moves_has_an_interval_all_the_same(answers):
+    """12 lesions of 12, three pictures each: by Wilson 0.757 … 1, as for 12 pictures; the others' by resampling."""
+    y_true = np.repeat(["VASC"] * 12 + ["NV"] * 30, 3)
+    proba = pd.DataFrame(np.where(np.array(CLASSES) == y_true[:, None], 0.7, 0.05), columns=CLASSES)
+    proba.loc[100:, list(CLASSES)] = np.where(np.array(CLASSES) == "MEL", 0.7, 0.05)
+    result = ev.evaluate(y_true, proba, np.repeat(np.arange(42), 3), bootstrap=200)
+    recall = {code: result["per_class"][code]["recall"] for code in ("VASC", "NV")}
+    assert recall["VASC"] == pytest.approx({"value": 1, "low": 0.7575, "high": 1}, abs=1e-3)
+    assert recall["NV"]["high"] < 1
+    assert result["per_class"]["MEL"]["precision"]["value"] == 0 < result["per_class"]["MEL"]["precision"]["high"]
+    every = ev.evaluate(["VASC"] * 12, proba[:12], bootstrap=200)["metrics"]["accuracy"]
+    assert every == pytest.approx({"value": 1, "low": 0.7575, "high": 1}, abs=1e-3)
+
+
+def test_ece_if_calibrated_is_that_of_answers_right_as_often_as_they_say(answers):
+    _, proba, _ = answers
+    rng = np.random.default_rng(5)
+    drawn = [
+        multiclass_calibration_error(torch.tensor(proba.to_numpy()), torch.tensor(right), num_classes=7, n_bins=15)
+        for right in np.stack([rng.choice(7, 300, p=row) for row in proba.to_numpy()], 1)
+    ]
+    found = ev.evaluate(*answers, bootstrap=0)["metrics"]["ece"]
+    assert found["if_calibrated"] == pytest.approx(float(np.mean(drawn)), rel=0.05)
+    assert found["if_calibrated"] < found["value"]  # these answers are not
+
+
+def test_answers_that_are_not_finite_and_images_of_no_lesion_are_refused(answers):
+    y_true, proba, lesions = answers
+    broken = proba.copy()
+    broken.iloc[3, 2] = np.nan
+    with pytest.raises(ValueError, match="1 rows of answers are not finite"):
+        ev.evaluate(y_true, broken, bootstrap=0)
+    with pytest.raises(ValueError, match="2 images have no lesion id"):
+        ev.evaluate(y_true, proba, pd.Series(lesions, dtype=object).mask(np.arange(400) < 2), bootstrap=0)
+
+
 def test_reliability_curve_adds_up_to_the_ece(answers):
     y_true, proba, _ = answers
     curve = ev.reliability_curve(y_true, proba)
@@ -129,6 +165,28 @@ def test_subgroups_partition_the_images(answers):
     men = (table["sex"] == "male").to_numpy()
     expected = sk.balanced_accuracy_score(y_true[men], proba.idxmax(axis=1)[men])
     assert by_sex.loc["male", "balanced_accuracy"] == pytest.approx(expected)
+
+
+def test_the_mean_recall_of_classes_of_few_lesions_has_an_interval_that_covers():
+    """Groups of four classes, one of them with a single lesion, whose recalls are known."""
+    rng, truth, counts = np.random.default_rng(6), np.array([0.9, 0.7, 0.8, 0.5]), np.array([1, 3, 12, 30])
+    codes = np.repeat(CLASSES[:4], counts)
+    table = pd.DataFrame({"lesion_id": [f"L{number}" for number in range(46)], "sex": "female"})
+    inside = []
+    for _ in range(200):
+        right = rng.random(46) < np.repeat(truth, counts)
+        answer = np.where(right, codes, CLASSES[6])
+        proba = pd.DataFrame(np.where(np.array(CLASSES) == answer[:, None], 0.7, 0.05), columns=CLASSES)
+        row = ev.by_subgroup(table, codes, proba, "sex", bootstrap=1).iloc[0]
+        low, value, high = row[["balanced_accuracy_low", "balanced_accuracy", "balanced_accuracy_high"]]
+        assert low <= value <= high and high - low > 0.2
+        inside.append(low <= truth.mean() <= high)
+    assert np.mean(inside) > 0.88
+    # Two pictures of each lesion are no more evidence than one.
+    twice = ev.by_subgroup(table.loc[table.index.repeat(2)], codes.repeat(2), proba.loc[proba.index.repeat(2)], "sex")
+    pd.testing.assert_series_equal(
+        twice.filter(like="balanced").iloc[0], row.filter(like="balanced"), check_dtype=False
+    )
 
 
 def test_subgroups_are_those_that_tell_the_images_apart(answers):

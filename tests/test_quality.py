@@ -322,3 +322,16 @@ def test_memorisation_summary_tells_copies_from_fresh_images(lesions, extractor)
         assert fresh[kind]["p_value"] > 0.001
     assert copies["feature"]["ratio"] < fresh["feature"]["ratio"]
     json.dumps(copies, allow_nan=False)
+
+
+@pytest.mark.parametrize("count", [9, 88, 1000])
+def test_share_below_the_limit_that_fresh_images_have_themselves(count):
+    """Distances of fresh and generated images drawn from one distribution, a thousand times."""
+    rng, below = np.random.default_rng(count), []
+    for _ in range(1000):
+        made, control = (
+            pd.DataFrame({"feature_distance": rng.random(n), "hash_distance": rng.random(n)}) for n in (200, count)
+        )
+        found = quality.memorisation_summary(made, control)["feature"]
+        below.append(found["below_limit"])
+    assert np.mean(below) == pytest.approx(found["below_limit_expected"], rel=0.12)
