@@ -38,8 +38,8 @@ def steps(run_dir):
     """Markdown table of what the steps left in `run_dir`: seconds from a notebook's start to its end, and of its parts.
 
     The kernel's start ends with the first cell. `result.json` tells the seconds from the opening of the step, when
-    everything heavy has been imported, to its end; cells that call `stgan_utils.data` are its data, the others its
-    work. The rest is imports, and the kernel's end.
+    everything heavy has been imported, to its end; cells that call `stgan_utils.data` and no network are its data, the
+    others its work. The rest is imports, and the kernel's end.
     """
     lines = ["| step | kernel start | imports | data | work | all |", "|---|---|---|---|---|---|"]
     sums = [0.0] * 5
@@ -53,12 +53,16 @@ def steps(run_dir):
         start = (datetime.fromisoformat(first) - datetime.fromisoformat(whole["start_time"])).total_seconds()
         opened = finished["seconds"]
         cells = [cell for cell in notebook["cells"] if cell["cell_type"] == "code"]
-        data = sum(c["metadata"]["papermill"]["duration"] for c in cells if "datasets." in "".join(c["source"]))
+        data = sum(c["metadata"]["papermill"]["duration"] for c in cells if reads_data("".join(c["source"])))
         parts = start, whole["duration"] - start - opened, data, opened - data, whole["duration"]
         sums = [total + part for total, part in zip(sums, parts, strict=True)]
         lines.append(f"| {step.name} | " + " | ".join(f"{part:.1f} s" for part in parts) + " |")
     lines.append("| **all steps** | " + " | ".join(f"**{total:.1f} s**" for total in sums) + " |")
     return "\n".join(lines)
+
+
+def reads_data(source):
+    return "datasets." in source and not any(call in source for call in ("train(", "predict_proba(", "Trainer("))
 
 
 def import_seconds(repeats):

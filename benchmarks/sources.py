@@ -2,7 +2,8 @@
 
 HAM10000 was put together from four sources. One network learns from the train split, others from the same without one
 source, in as many steps; both are asked about that source's validation and test lesions. RUN is a run folder with the
-table of real images (`python -m stgan_utils run --data FOLDER --only 00 --out RUN`).
+table of real images (`python -m stgan_utils run --data FOLDER --only 00 --out RUN`) that says which source each is from:
+Dataverse's HAM10000_metadata does, Kaggle's and ISIC's do not.
 """
 
 import argparse
@@ -71,7 +72,11 @@ def main():
     if args.run is None:
         print("sources: skipped, --run names no run folder.")
         return
-    result = table(arms.real_table(args.run), args.size, args.epochs)
+    real = arms.real_table(args.run)
+    if "dataset" not in real:
+        print("sources: skipped, these images do not say which source they are from (column `dataset`).")
+        return
+    result = table(real, args.size, args.epochs)
     body = f"""
 MobileNetV2 at {args.size} px, {args.epochs} epochs, on real lesions of a source of HAM10000, other lesions of which it
 has learnt from or not; as many steps each. The difference is that of balanced accuracy, paired. Leaving a source out

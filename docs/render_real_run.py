@@ -184,10 +184,9 @@ def facts(run_dir, results):
         "size": stage1["settings"]["size"],
         "profile": start["profile"],
         "seed": start["seed"],
-        "machine": stage1["device"],
-        "versions": "Python {python}, torch {torch}, torchvision {torchvision}, commit {git!s:.7}".format(
-            **start["versions"]
-        ),
+        "machine": by_step(results, lambda result: result["device"]),
+        "versions": "Python {python}, torch {torch}, torchvision {torchvision}".format(**start["versions"]),
+        "commits": by_step(results, lambda result: str(result["versions"]["git"])[:7]),
         "command": command(results),
         "times": table(["step", "seconds"], [[name, f"{r['seconds']:,.0f}"] for name, r in results.items()]),
         "splits": table(
@@ -212,6 +211,14 @@ def facts(run_dir, results):
         "trivial": next(iter(test.values()))["trivial"],
         "mixed": table(*of_validation(classifier["numbers"]["validation"])),
     }
+
+
+def by_step(results, what):
+    """What was the case in which steps, such as "float32 (00, 02); bfloat16 (01, 05)"; alone where it was in all."""
+    found = {}
+    for name, result in results.items():
+        found.setdefault(what(result), {})[name[:2]] = True
+    return "; ".join(f"{each} ({', '.join(steps)})" if len(found) > 1 else each for each, steps in found.items())
 
 
 def shown(figures):

@@ -76,3 +76,9 @@ def test_folders_of_a_machine_go_and_addresses_stay(tmp_path):
     assert left('data = "/data/ham", from /opt/w/m.pth') == 'data = "ham", from m.pth'
     for text in ("https://a.org/b/c.html", "x/y/z 3/4", "</td><td>a</td>", "data:image/png;base64,iVBO/ab/cd+/ef/gh"):
         assert left(text) == text
+
+
+def test_what_differed_between_steps_names_them():
+    results = {"01_baseline": "bf16", "03_stage2_BCC": "float32", "03_stage2_DF": "float32", "05_classifier": "bf16"}
+    assert render_real_run.by_step(results, str) == "bf16 (01, 05); float32 (03)"
+    assert render_real_run.by_step(results, lambda _: "e50bd22") == "e50bd22"
