@@ -2,7 +2,7 @@
 
 HAM10000 was put together from four sources. One network learns from the train split, others from the same without one
 source, in as many steps; both are asked about that source's validation and test lesions. RUN is a run folder with the
-table of real images (`python -m stgan_utils run --data FOLDER --only 00 --out RUN`) that says which source each is from:
+table of real images (`python -m stgan_utils run --data FOLDER --only 00 --out RUN`) that says where each is from:
 Dataverse's HAM10000_metadata does, Kaggle's and ISIC's do not.
 """
 
