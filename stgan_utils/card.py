@@ -17,6 +17,19 @@ far from real ones pass this test in any case, so read it together with the dist
 REFITTED = """The figures below are those of the network trained on the train split alone. The released file continued
 from it with **all** images, test lesions included, so figures on any HAM10000 training image flatter it. """
 NOT_NEARER = "Stage 1's own generator (all classes): no iteration of Stage 2 came nearer; not a {} generator"
+USE_GENERATOR = """import torch
+from stgan_utils import checkpoints, weights
+
+generator = checkpoints.load_generator(weights.path("{0}"))
+drawn = generator(torch.randn(8, {1}))  # (8, 3, {2}, {2}), about -1 … 1"""
+USE_CLASSIFIER = """from stgan_utils import data, weights
+from stgan_utils.classifier import Classifier
+
+model = Classifier.load(weights.path("{0}"))
+images = data.load_images(["lesion.jpg"], model.size)
+answers = model.predict_proba(images)  # a DataFrame, columns named by class"""
+WITHOUT = """All files are safetensors; class order, scaling and how to answer (views, temperature, weights) are in
+their headers, and none needs a network once it is here."""
 SQUARE = """It takes RGB images: the central square of each, scaled to {0} × {0} px; `predict` cuts it out. """
 WEIGHTED = """Its probabilities are those for equally common classes, times a weight ({}) that makes its first answer
 right more often. To look for one class, such as melanoma, use its probability and a threshold. """
@@ -33,7 +46,10 @@ def write(path, assets):
     classifiers = [asset for asset in assets if asset["stage"] == "classifier"]
     generators = [asset for asset in assets if asset not in classifiers]
     stage2 = [asset for asset in generators if asset["stage"] == "stage2"]
-    commands = ["python -m stgan_utils weights verify"]
+    commands = [
+        "pip install .    # in a clone of the repository; these weights come with it",
+        "python -m stgan_utils weights verify",
+    ]
     if generators:
         commands.append(f"python -m stgan_utils generate --weights {generators[0]['name']} --count 64 --out DIR")
         commands.append("make quick    # the whole sequence with these weights in place of GAN training")
@@ -45,6 +61,7 @@ def write(path, assets):
         *_pictures(generators),
         "## What they are\n\n" + _files(assets),
         "## Use\n\n```bash\n" + "\n".join(commands) + "\n```",
+        *_in_python(generators, classifiers),
         "## Data\n\n" + _data(assets),
         *(["## How near to real images\n\n" + _distances(stage2)] if stage2 else []),
         *(["## Memorisation check\n\n" + _memorisation(stage2)] if stage2 else []),
@@ -54,6 +71,15 @@ def write(path, assets):
     ]
     with atomic_path(path) as temporary:
         temporary.write_text("\n\n".join(parts) + "\n", encoding="utf-8")
+
+
+def _in_python(generators, classifiers):
+    code = [
+        USE_GENERATOR.format(each["name"], each["architecture"]["nz"], each["architecture"]["size"])
+        for each in generators[:1]
+    ]
+    code += [USE_CLASSIFIER.format(each["name"]) for each in classifiers]
+    yield "In Python:\n\n```python\n" + "\n\n".join(code) + f"\n```\n\n{WITHOUT}"
 
 
 def _pictures(generators):

@@ -189,10 +189,14 @@ def _classifier_entry(folder, file):
 
 
 def _generator_entry(file, header, code, results, step, figures):
-    of_class = f", {code} only" if header["iteration"] else " (Stage 1's own generator: none of Stage 2 came nearer)"
+    start = results[runs.START]
+    counts = {each: splits["train"] for each, splits in start["numbers"]["counts"].items()}
+    own = code and header["iteration"]
+    learnt = f"the {counts[code]:,} images of {code}" if own else f"the {sum(counts.values()):,} images"
+    borrowed = " (Stage 1's own generator: none of Stage 2 came nearer)" if code and not own else ""
     trained_on = {
-        "data": results[runs.START]["data_name"] + (of_class if code else ""),
-        "split": f"train, by lesion, seed {results[runs.START]['settings']['seed']}",
+        "data": f"{start['data_name']}: {learnt} in the train split{borrowed}",
+        "split": f"train, by lesion, seed {start['settings']['seed']}",
         "iterations": header["iteration"],
         "command": _command(results, step),
         "commit": header["git_commit"],
@@ -227,7 +231,7 @@ def _command(results, step):
         kind = "stage1" if made == STAGE1 else "stage2"
         words += differing(results[made], kind)
     data = "phantom" if result["data"] == runs.PHANTOM else "FOLDER"
-    return " ".join([f"python -m stgan_utils run --data {data} --profile {result['profile']}", *words])
+    return " ".join([f"python -m stgan_utils run --data {data} --profile {result['profile']} --out RUN", *words])
 
 
 def differing(result, kind):

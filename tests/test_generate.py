@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import shutil
 import sys
 
@@ -260,7 +261,7 @@ def finished(phantom_dir, tmp_path_factory):
             run_dir / step / "result.json", common | {"numbers": numbers, "settings": {"seed": 0, **dict(settings)}}
         )
 
-    result("00_start_here", {})
+    result("00_start_here", {"counts": {code: {"train": 10, "val": 5, "test": 5} for code in CLASSES}})
     save_classifier(run_dir / "01_baseline" / "model.safetensors")
     for seed, step in enumerate(["02_stage1_global_gan", *(f"03_stage2_{code}" for code in MINORITY)]):
         lesion = {"lesion": step.split("_")[-1]} if "stage2" in step else {}
@@ -323,7 +324,9 @@ def test_release(finished, chosen, repository, phantom_dir, monkeypatch, capsys)
         "nz": 32,
     }
     assert entry["trained_on"]["iterations"] == 7 and entry["trained_on"]["commit"] == versions.git_commit()
-    assert entry["trained_on"]["command"].endswith("--profile smoke -p stage1.iterations 9 -p stage2.iterations 9")
+    assert entry["trained_on"]["command"].endswith("smoke --out RUN -p stage1.iterations 9 -p stage2.iterations 9")
+    assert entry["trained_on"]["data"] == "phantom, n = 140: the 10 images of VASC in the train split"
+    assert weights.entry("stage1-64px")["trained_on"]["data"].endswith("the 70 images in the train split")
     distances = entry["figures"]["kid_held_out"]["VASC"], entry["figures"]["kid_held_out_of_stage1"]["VASC"]
     for figures in distances:
         assert figures["low"] < figures["kid"] < figures["high"] and figures["real"] == 10
@@ -337,7 +340,13 @@ def test_release(finished, chosen, repository, phantom_dir, monkeypatch, capsys)
     assert known["trained_on"]["command"].endswith("arms refit release --run RUN")
     assert "every image" in known["trained_on"]["split"]
     assert known["figures"]["answering"]["weights"]["NV"] == 1.25
-    assert "NV 1.25" in (repository / "weights" / "README.md").read_text()
+    card = (repository / "weights" / "README.md").read_text()
+    assert "NV 1.25" in card
+    shutil.copy(next(phantom_dir.rglob("*.jpg")), repository / "lesion.jpg")
+    monkeypatch.chdir(repository)
+    example = {}
+    exec(re.search(r"```python\n(.*?)```", card, re.DOTALL)[1], example)  # as its reader would run it
+    assert example["drawn"].shape == (8, 3, 64, 64) and list(example["answers"]) == list(CLASSES)
     baseline = classifier.Classifier.load(chosen / "refit" / "model.safetensors")
     released = classifier.Classifier.load(weights.path("classifier-mobilenetv2"))
     images = np.stack([np.asarray(Image.open(file)) for file in sorted(phantom_dir.rglob("*.jpg"))[:4]])
