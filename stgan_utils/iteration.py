@@ -145,8 +145,7 @@ class Iteration:
             judged = self._judge(view, small_view(view))
             d_real, d_fake = hinge_d_loss(judged.logits, fake_logits)
             reconstruction = self._reconstruction(view, judged)
-            # The distances of the images of a batch add up, as in FastGAN's code; with their mean, as its paper may be
-            # read, images end up a quarter farther from real ones.
+            # The distances of a batch's images add up, as in FastGAN's code, where its paper may be read as their mean.
             total = d_real + d_fake + s.batch_size * reconstruction
             losses = {"d_real": d_real, "d_fake": d_fake, "reconstruction": reconstruction}
             if self.barlow:
