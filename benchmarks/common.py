@@ -28,7 +28,7 @@ def write_section(title, body, packages):
         f"{processor()}, {os.cpu_count()} cores; Python {platform.python_version()}, {versions}; {date.today()}.\n"
         f"Command: `{shlex.join(['python', *sys.argv])}`\n"
     )
-    page = RESULTS.read_text() if RESULTS.exists() else "# Results\n\nWritten by `make bench`.\n"
+    page = RESULTS.read_text() if RESULTS.exists() else "# Results\n"
     head, *others = re.split(r"^(?=## )", page, flags=re.MULTILINE)
     titles = [other.splitlines()[0] for other in others]
     if f"## {title}" in titles:
