@@ -381,3 +381,123 @@ def test_wrong_sets_and_nan_say_what_to_do(tmp_path):
     with pytest.raises(UserError, match=r"NaN in epoch \d.*lower learning_rate"):
         finetune.train(replace(SETTINGS, weight_decay=math.inf), images, labels, rows, val, tmp_path)
     assert not (tmp_path / finetune.MODEL_FILE).exists()
+
+
+def test_temperature_divides_the_logits(model, pictures):
+    logits = model.logits(pictures)
+    model.answering["temperature"] = 2.5
+    np.testing.assert_allclose(model.predict_proba(pictures), (logits.double() / 2.5).softmax(1), atol=1e-6)
+
+
+def test_answers_in_the_middle_of_a_training_are_those_of_eval_mode(model, pictures):
+    expected = model.predict_proba(pictures)
+    pd.testing.assert_frame_equal(model.train().predict_proba(pictures), expected)
+
+
+def test_fused_is_a_copy(model):
+    before = model.state_dict().keys()
+    model.fused()
+    assert model.state_dict().keys() == before
+
+
+def test_matrices_and_kernels_alone_decay_and_each_part_has_its_rate(model):
+    groups = finetune._optimizer(model, replace(SETTINGS, weight_decay=0.1, learning_rate=1e-2), 0.3).param_groups
+    found = {parameter: (group["weight_decay"], group["peak"]) for group in groups for parameter in group["params"]}
+    for name, parameter in model.named_parameters():
+        peak = 1e-2 if name.startswith("head.") else 3e-3
+        assert found[parameter] == (0.1 if parameter.ndim > 1 else 0.0, pytest.approx(peak)), name
+
+
+def begun_with(model, folder):
+    model.settings = {"backbone": "none"}
+    model.save(folder / "start.safetensors")
+    return replace(SETTINGS, epochs=1, continue_from=str(folder / "start.safetensors"))
+
+
+def test_what_has_learnt_before_learns_slower(model, tmp_path, monkeypatch):
+    shares, optimizer = [], finetune._optimizer
+    monkeypatch.setattr(finetune, "_optimizer", lambda *args: shares.append(args[2]) or optimizer(*args))
+    sets = (*toy(64), np.arange(49), np.arange(49, 64))
+    finetune.train(replace(SETTINGS, epochs=1), *sets, tmp_path / "new")
+    finetune.train(begun_with(model, tmp_path), *sets, tmp_path / "on")
+    assert shares == [1.0, 0.3]
+
+
+def test_the_rate_rises_for_a_tenth_and_falls_to_nothing(tmp_path):
+    history = finetune.train(SETTINGS, *toy(64), np.arange(48), np.arange(48, 64), tmp_path)
+    done = np.array([2.5, 5.5]) / 6  # in the middle of the last batch of each epoch
+    expected = SETTINGS.learning_rate * (0.5 + 0.5 * np.cos(np.pi * done))
+    np.testing.assert_allclose(history["learning_rate"], expected)
+
+
+def test_frozen_blocks_stay_as_they_were(model, tmp_path):
+    settings = replace(begun_with(model, tmp_path), frozen_blocks=3)
+    finetune.train(settings, *toy(64), np.arange(49), np.arange(49, 64), tmp_path / "run")
+    before, after = (load_file(tmp_path / name) for name in ("start.safetensors", f"run/{finetune.MODEL_FILE}"))
+    for name, tensor in before.items():
+        if name.startswith(("features.0.", "features.1.", "features.2.")):
+            assert torch.equal(tensor, after[name]), name
+        elif tensor.ndim > 1:
+            assert not torch.equal(tensor, after[name]), name
+
+
+def test_balanced_sampling_draws_each_class_as_often():
+    torch.manual_seed(0)
+    targets = torch.arange(7).repeat_interleave(torch.tensor([700, 10, 10, 10, 20, 30, 20]))
+    drawn = finetune._draw(replace(SETTINGS, sampling="balanced", logit_adjustment=0.0, epoch_images=7000), targets)
+    assert len(drawn) == 7000 and (torch.bincount(targets[drawn]) / 1000 - 1).abs().max() < 0.15
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"label_smoothing": 0.5},
+        {"mix": "mixup"},
+        {"augmentation": "strong"},
+        {"augmentation": "trivial"},
+        {"logit_adjustment": 0.0},
+    ],
+)
+def test_no_setting_is_passed_over(change, tmp_path):
+    images, labels = toy(40)
+    labels[28:] = "NV"  # the classes are not even
+    losses = [
+        finetune.train(replace(SETTINGS, epochs=1, **more), images, labels, np.arange(40), None, tmp_path / name)
+        for name, more in (("without", {}), ("with", change))
+    ]
+    assert losses[0]["train_loss"].item() != losses[1]["train_loss"].item()
+
+
+def test_another_seed_draws_another_order(model, tmp_path):
+    settings = begun_with(model, tmp_path)
+    losses = [
+        finetune.train(replace(settings, seed=seed), *toy(40), np.arange(40), None, tmp_path / str(seed))["train_loss"]
+        for seed in (0, 1)
+    ]
+    assert losses[0].item() != losses[1].item()
+
+
+def test_the_best_epoch_is_kept_and_not_the_last(tmp_path, monkeypatch):
+    scores, kept = iter([0.5, 0.9, 0.7]), []
+    monkeypatch.setattr(finetune, "balanced_accuracy", lambda *_: next(scores))
+
+    def weight(_=None):
+        kept.append(load_file(tmp_path / finetune.MODEL_FILE)["head.1.weight"])
+
+    sets = (*toy(64), np.arange(49), np.arange(49, 64))
+    finetune.train(replace(SETTINGS, epochs=3), *sets, tmp_path, on_epoch=weight)
+    weight()
+    assert not torch.equal(kept[0], kept[1]) and torch.equal(kept[1], kept[2]) and torch.equal(kept[1], kept[3])
+
+
+def test_temperature_is_fitted_to_validation_images_below_the_class_weights(tmp_path):
+    images, labels = toy(64)
+    labels[::2] = "NV"
+    val = np.arange(49, 64)
+    settings = replace(SETTINGS, epochs=1, accuracy_share=0.5, views=2)
+    finetune.train(settings, images, labels, np.arange(49), val, tmp_path)
+    model = clf.Classifier.load(tmp_path / finetune.MODEL_FILE)
+    targets = [CLASSES.index(label) for label in labels[val]]
+    expected = finetune.fitted_temperature(model.logits(images, val), targets, model.log_weights)
+    assert model.answering["temperature"] == pytest.approx(expected, rel=1e-3)
+    assert model.answering["views"] == 2

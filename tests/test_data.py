@@ -1,6 +1,7 @@
 """Datasets in every layout, the split by lesion, the image cache; against plain loops and made-up metadata."""
 
 import contextlib
+import errno
 import itertools
 import os
 import shutil
@@ -12,6 +13,7 @@ from PIL import Image
 
 from stgan_utils import data
 from stgan_utils.config import UserError
+from stgan_utils.layouts import whole_folder
 from stgan_utils.lesions import CLASSES, LESIONS
 
 
@@ -556,3 +558,132 @@ def test_cache_folder_and_missing_image(tmp_path, cache):
     os.unlink(table["path"].iloc[0])
     with pytest.raises(UserError, match="1 image"):
         data.image_cache(table, 8)
+
+
+def test_cache_keeps_the_order_of_the_table(tmp_path):
+    table = data.load_dataset(kaggle(tmp_path / "data"))
+    there, back = data.image_cache(table, 8), data.image_cache(table[::-1], 8)
+    np.testing.assert_array_equal(there, back[::-1])
+
+
+def test_scribbles_on_a_cache_reach_no_other_reader(tmp_path):
+    table = data.load_dataset(kaggle(tmp_path / "data", images=7))
+    before = np.array(data.image_cache(table, 8))
+    data.image_cache(table, 8)[:] = 0
+    np.testing.assert_array_equal(data.image_cache(table, 8), before)
+
+
+def test_cache_notices_another_image_of_the_same_size(tmp_path):
+    path = picture(tmp_path / "lesion.bmp", 0)
+    table = pd.DataFrame({"path": [str(path)]})
+    before, facts = np.array(data.image_cache(table, 8)), os.stat(path)
+    picture(path, 1)
+    os.utime(path, ns=(facts.st_atime_ns, facts.st_mtime_ns + 1))
+    assert path.stat().st_size == facts.st_size
+    np.testing.assert_array_equal(data.image_cache(table, 8), data.load_images([path], 8))
+    assert not np.array_equal(data.image_cache(table, 8), before)
+
+
+def test_an_image_that_could_not_be_read_once_is_tried_again(tmp_path, monkeypatch):
+    table = pd.DataFrame({"path": [str(picture(tmp_path / "lesion.png", 0))]})
+    with monkeypatch.context() as patch, pytest.raises(UserError, match="missing or unreadable"):
+        patch.setattr(data, "_digest", lambda path: "")  # a network drive hiccups
+        data.image_cache(table, 8)
+    assert data.image_cache(table, 8).shape == (1, 8, 8, 3)
+
+
+def test_a_cache_that_could_not_be_filled_is_made_anew(tmp_path, monkeypatch):
+    table, decode = data.load_dataset(kaggle(tmp_path / "data", images=7)), data._decode
+
+    def killed(path, size):
+        if path == table["path"].iloc[-1]:
+            raise KeyboardInterrupt
+        return decode(path, size)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(data, "_decode", killed)
+        data.image_cache(table, 8)
+    np.testing.assert_array_equal(data.image_cache(table, 8), data.load_images(table["path"], 8))
+
+
+def test_a_table_read_again_keeps_the_zeros_of_its_ids(tmp_path):
+    table = made_up(lesions=3)
+    for column in ("image_id", "lesion_id"):
+        table[column] = [f"{number:05d}" for number in pd.factorize(table[column])[0]]
+    table = data.split_by_lesion(table)
+    data.save_table(table, tmp_path / "table.csv")
+    again = data.read_table(tmp_path / "table.csv")
+    assert again[["image_id", "lesion_id"]].equals(table[["image_id", "lesion_id"]])
+
+
+def test_a_table_with_an_unknown_label_or_an_image_twice_is_refused(tmp_path):
+    table = data.split_by_lesion(made_up())
+    table.assign(label=table["label"].replace("DF", "SCC")).to_csv(tmp_path / "label.csv", index=False)
+    with pytest.raises(UserError, match=r"unknown label\(s\) SCC"):
+        data.read_table(tmp_path / "label.csv")
+    pd.concat([table, table[:1]]).to_csv(tmp_path / "twice.csv", index=False)
+    with pytest.raises(UserError, match=r"1 image\(s\) stand in the table twice \(I_00000\)"):
+        data.read_table(tmp_path / "twice.csv")
+    with pytest.raises(UserError, match="fractions"):
+        data.split_by_lesion(made_up(), (1.2, -0.1, -0.1))
+
+
+def test_content_tells_labels_apart(tmp_path):
+    table = data.split_by_lesion(data.load_dataset(kaggle(tmp_path / "data")))
+    assert data.content(table) != data.content(table.assign(label=table["label"].replace("DF", "NV")))
+
+
+def test_another_seed_draws_another_phantom():
+    digests = [data._file_facts(data.load_dataset("phantom", phantom=(140, 32, seed))["path"]) for seed in (5, 6)]
+    assert not set(digests[0].values()) & set(digests[1].values())
+
+
+def isic(folder, rows):
+    """Ground truth of {id: classes}, and a picture of each."""
+    frame = pd.DataFrame([[each] + [float(code in row) for code in CLASSES] for each, row in rows.items()])
+    frame.columns = ["image", *CLASSES]
+    for number, each in enumerate(rows):
+        picture(folder / "Input" / f"{each}.jpg", number)
+    frame.to_csv(folder / "ISIC2018_Task3_Training_GroundTruth.csv", index=False)
+    return folder
+
+
+def test_one_hot_rows_of_two_classes_and_of_none_are_no_label(tmp_path):
+    with pytest.raises(UserError, match=r"1 unknown label BCC\+NV \(b\); 1 unknown label no class \(c\)"):
+        data.load_dataset(isic(tmp_path, {"a": ["NV"], "b": ["NV", "BCC"], "c": []}))
+
+
+def test_ids_of_isic_keep_their_zeros_and_groupings_may_be_there_twice(tmp_path):
+    folder = isic(tmp_path, {"0001": ["NV"], "0010": ["NV"], "0011": ["DF"]})
+    lesions = pd.DataFrame({"image": ["0001", "0010", "0011"], "lesion_id": ["007", "007", "008"]})
+    for place in ("a", "b"):
+        (folder / place).mkdir()
+        lesions.to_csv(folder / place / "ISIC2018_Task3_Training_LesionGroupings.csv", index=False)
+    table = data.load_dataset(folder)
+    assert list(table["image_id"]) == ["0001", "0010", "0011"] and list(table["lesion_id"]) == ["007", "007", "008"]
+
+
+def test_a_hidden_folder_holds_no_dataset(tmp_path):
+    kaggle(tmp_path / ".trash", images=7)
+    kaggle(tmp_path / "a", images=7)
+    assert len(data.load_dataset(tmp_path)) == 7
+
+
+def test_another_dermamnist_of_the_same_name_has_its_own_images(tmp_path):
+    for place in ("a", "b"):
+        images = np.full((7, 28, 28, 3), ord(place), np.uint8)
+        arrays = {f"{part}_images": images for part in data.SPLITS}
+        arrays |= {f"{part}_labels": np.arange(7)[:, None] for part in data.SPLITS}
+        (tmp_path / place).mkdir()
+        np.savez(tmp_path / place / "dermamnist.npz", **arrays)
+        table = data.load_dataset(tmp_path / place).drop_duplicates("path")
+        assert (data.load_images(table["path"], 28) == ord(place)).all()
+
+
+def test_a_whole_folder_may_be_read_by_others_and_hides_no_error(tmp_path):
+    with whole_folder(tmp_path / "made"):
+        pass
+    assert (tmp_path / "made").stat().st_mode & 0o055 == 0o055
+    with pytest.raises(PermissionError), whole_folder(tmp_path / "other"):
+        raise PermissionError(errno.EACCES, "denied")
+    assert [path.name for path in tmp_path.iterdir()] == ["made"]

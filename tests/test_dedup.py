@@ -238,3 +238,9 @@ def test_the_control_on_real_distinct_lesions(real_hashes):
         assert 0 < auto < 10
         removed = 1500 - dedup.kept_per_threshold(real_hashes[kind], [auto, auto + 1])
         assert removed[auto] <= 15 < removed[auto + 1]
+
+
+def test_colours_of_16_bits_are_hashed_as_imagehash_does(tmp_path):
+    deep = np.random.default_rng(0).integers(0, 65_536, (64, 64, 3), np.uint16)
+    (tmp_path / "deep.png").write_bytes(dedup.imagecodecs.png_encode(deep))
+    assert_equals_imagehash([tmp_path / "deep.png"])

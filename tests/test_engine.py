@@ -3,6 +3,7 @@
 import os
 import signal
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 
 import psutil
@@ -10,6 +11,7 @@ import pytest
 import torch
 
 from stgan_utils import engine, places
+from stgan_utils.config import UserError
 from stgan_utils.engine import Processes, StepFailed, Task, run_all
 
 SET_BY_USER = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")
@@ -82,3 +84,25 @@ def test_a_task_that_is_done_leaves_its_place_to_the_next(capsys):
     said = [line.split("  ")[1] for line in capsys.readouterr().out.splitlines()]
     assert said[:3] == ["first: started", "second: done before, skipped", "third: started"]
     assert {line.split(" in ")[0] for line in said[3:]} == {"first: done", "third: done"}
+
+
+def fail(text, seconds=0):
+    time.sleep(seconds)
+    raise UserError(text)
+
+
+def test_after_a_failure_none_is_started_and_every_failure_is_told(capsys):
+    """The second still works when the first fails: there would be a place for the third."""
+    tasks = [Task("first", fail, ("No luck.",)), Task("second", fail, ("None here.", 0.5)), Task("third", print, ())]
+    with pytest.raises(UserError, match="No luck"):
+        run_all(tasks, Threads(2))
+    said = capsys.readouterr().out
+    assert "third" not in said and "None here." in said and "No luck" not in said
+
+
+def test_the_user_s_number_of_threads_goes_before(monkeypatch):
+    task = Task("arm", print, ())
+    monkeypatch.setenv("OMP_NUM_THREADS", "3")
+    assert engine.threads(task, 6, 1) == "3"
+    monkeypatch.delenv("OMP_NUM_THREADS")
+    assert engine.threads(task, 6, 1) == "6"

@@ -274,3 +274,24 @@ def test_figures_over_seeds_are_those_of_a_plain_bootstrap_over_lesions_and_seed
         assert found[name]["high"] == pytest.approx(high, abs=0.02)
     same = ev.over_seeds(truth, good, good, lesions, bootstrap=50)["difference"]
     assert same == {"value": 0.0, "low": 0.0, "high": 0.0}
+
+
+def test_ten_pictures_of_each_lesion_narrow_no_interval(answers):
+    """Neither that of a difference nor that of a subgroup."""
+    y_true, proba, lesions = answers
+    other = proba.sample(frac=1, random_state=0).reset_index(drop=True)
+    table = pd.DataFrame({"lesion_id": lesions, "sex": "female"})
+    repeated = np.repeat(np.arange(400), 10)
+    many = y_true[repeated], *(each.iloc[repeated].reset_index(drop=True) for each in (proba, other))
+    one = ev.paired_difference(y_true, proba, other, lesions, bootstrap=300)
+    ten = ev.paired_difference(*many, lesions[repeated], bootstrap=300)
+    assert (ten["low"], ten["high"]) == pytest.approx((one["low"], one["high"]))
+    group = ev.by_subgroup(table, y_true, proba, "sex", bootstrap=50)
+    groups = ev.by_subgroup(table.iloc[repeated], *many[:2], "sex", bootstrap=50)
+    assert group.loc[0, "lesions"] == groups.loc[0, "lesions"] == len(set(lesions))
+    assert groups.loc[0, "accuracy_low"] == pytest.approx(group.loc[0, "accuracy_low"])
+
+
+def test_reliability_curve_of_other_bins(answers):
+    curve = ev.reliability_curve(*answers[:2], bins=3)
+    assert len(curve) <= 3 and curve["images"].sum() == 400

@@ -184,3 +184,26 @@ def test_list_images(tmp_path):
         "b/2.JPG",
         "loose.png",
     ]
+
+
+def test_seeds_share_no_image(generator):
+    """A sum of seed and index would: image 1 of seed 5 is not image 0 of seed 6."""
+    ours, theirs = (generation.latents(generator, seed, range(4))[0] for seed in (5, 6))
+    assert len(torch.cat([ours, theirs]).unique(dim=0)) == 8
+
+
+def test_an_image_that_cannot_be_written_is_no_silence(generator, tmp_path):
+    (tmp_path / "images").write_text("in the way")
+    with pytest.raises(OSError, match="images"):
+        generation.write_images(generator, "DF", 2, 7, tmp_path, "0" * 64)
+
+
+def test_a_kill_leaves_no_half_image_under_its_name(generator, tmp_path, monkeypatch):
+    def killed(image, file):
+        file.write_bytes(b"half")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Image.Image, "save", killed)
+    with pytest.raises(KeyboardInterrupt):
+        generation.write_images(generator, "DF", 2, 7, tmp_path, "0" * 64)
+    assert not list((tmp_path / "images").iterdir())

@@ -195,3 +195,25 @@ def test_files_passed_over_are_counted_by_kind(model, folder, tmp_path, capsys):
         assert f"no image by its ending, so passed over: {others}\n" in said
     predict_folder(model, tmp_path / "good.png", "-")
     assert "passed over" not in capsys.readouterr().err
+
+
+def test_a_damaged_member_of_an_archive_costs_one_row_and_not_the_others(model, tmp_path):
+    for name in ("bad.png", "good.png"):
+        Image.new("RGB", (8, 8)).save(tmp_path / name)
+    with zipfile.ZipFile(tmp_path / "images.zip", "w") as archive:
+        for name in ("bad.png", "good.png"):
+            archive.write(tmp_path / name, name)
+    content = bytearray((tmp_path / "images.zip").read_bytes())
+    content[content.index(b"IDAT") + 8] ^= 1  # zipfile's own error, neither OSError nor ValueError
+    (tmp_path / "images.zip").write_bytes(content)
+    written, unreadable = predict_folder(model, tmp_path / "images.zip", tmp_path / "out.csv")
+    assert written == 1 and [name for name, _ in unreadable] == ["bad.png"]
+    assert pd.read_csv(tmp_path / "out.csv")["image"].tolist() == ["good"]
+
+
+def test_a_hidden_folder_on_the_way_to_what_was_named_hides_nothing(model, tmp_path):
+    folder = tmp_path / ".cache" / "images"
+    folder.mkdir(parents=True)
+    Image.new("RGB", (8, 8)).save(folder / "lesion.png")
+    for source in (folder, folder / "lesion.png"):
+        assert predict_folder(model, source, tmp_path / "out.csv") == (1, [])

@@ -195,3 +195,29 @@ def test_missing_step_and_other_data_are_named(run_dir, tmp_path):
         open_stage1(run_dir, data=tmp_path)
     with pytest.raises(UserError, match="is the dataset's own folder"):
         steps.open_step(runs.START, SETTINGS, tmp_path, tmp_path, "smoke")
+
+
+def test_another_size_and_a_linked_folder_count_however_the_data_are_named(tmp_path):
+    images, disk = tmp_path / "images", tmp_path / "disk"
+    for folder in (images, disk):
+        folder.mkdir()
+    metadata, seen = images / "HAM10000_metadata.csv", []
+    metadata.touch()
+    (images / "linked").symlink_to(disk)
+    for changed in (images / "1.jpg", images / "1.jpg", disk / "2.jpg"):
+        changed.write_bytes(b"longer" if changed.exists() else b"1")
+        seen.append([runs.listing(str(data)) for data in (images, metadata)])
+    assert all(len(set(listings)) == 3 for listings in zip(*seen, strict=True))
+
+
+def test_a_folder_named_by_a_file_of_it_is_the_dataset_s_own_too(tmp_path):
+    metadata = tmp_path / "HAM10000_metadata.csv"
+    metadata.touch()
+    with pytest.raises(UserError, match="is the dataset's own folder"):
+        runs.refuse_dataset_folder(tmp_path, str(metadata))
+
+
+def test_pictures_of_what_was_to_be_done_are_no_work_to_lose(run_dir):
+    step = open_stage1(run_dir)
+    step.figure(Figure(), "first", "Before anything was made.")
+    open_stage1(run_dir, replace(SETTINGS, seed=1))

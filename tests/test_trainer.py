@@ -2,6 +2,7 @@
 
 import copy
 import gc
+import itertools
 import json
 import os
 import shutil
@@ -9,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+import types
 import weakref
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -481,3 +483,63 @@ def test_checkpoint_from_before_a_setting_was_there(tmp_path, whole):
     assert GanTrainer(STAGE1, IMAGES, folder).iteration == STAGE1.iterations
     with pytest.raises(UserError, match=r"other settings \(weights\)"):
         GanTrainer(replace(STAGE1, weights="auto"), IMAGES, folder)
+
+
+def test_the_seed_decides_where_a_training_begins(tmp_path):
+    begun = [GanTrainer(replace(STAGE1, seed=seed), IMAGES, tmp_path) for seed in (3, 3, 4)]
+    first, again, other = (gan.generator.state_dict()["init.init.0.weight_orig"] for gan in begun)
+    assert torch.equal(first, again) and not torch.equal(first, other)
+
+
+def test_the_rate_is_the_settings_and_the_momentum_fastgan_s(tmp_path):
+    gan = GanTrainer(replace(STAGE1, learning_rate=1e-3), IMAGES, tmp_path)
+    for optimizer in (gan.optimizer_g, gan.optimizer_d):
+        assert [(group["lr"], tuple(group["betas"])) for group in optimizer.param_groups] == [(1e-3, (0.5, 0.999))]
+
+
+def test_the_discriminator_sees_real_and_generated_images_augmented_alike(tmp_path, monkeypatch):
+    """Augmented on one side alone, it would learn to tell the augmentation."""
+    policies, judged, rebuilt = [], [], []
+
+    def marked(images, policy):
+        policies.append(policy)
+        return 0 * images + 0.25
+
+    monkeypatch.setattr(iteration, "diff_augment", marked)
+    gan = GanTrainer(STAGE1, IMAGES, tmp_path)
+    gan.discriminator.register_forward_pre_hook(lambda _, images: judged.extend(images))
+    gan.perceptual = lambda images, targets: rebuilt.append(targets) or images.square().mean()
+    gan.step()
+    assert len(judged) == 6 and len(rebuilt) == 2  # what it rebuilds is what it has seen
+    assert all((images == 0.25).all() for images in (*judged, *rebuilt))
+    assert set(policies) == {STAGE1.augment}
+
+
+def test_barlow_twins_compares_two_views_of_the_real_images_and_is_learnt_from(tmp_path, whole):
+    gan = stage2(tmp_path, whole, replace(STAGE2, noise_sigma=0))
+    projector, judged = copy.deepcopy(gan.projector.state_dict()), []
+    gan.discriminator.register_forward_pre_hook(lambda _, images: judged.append(images[0]))
+    gan.step()
+    fake, view, other, again = judged
+    assert torch.equal(fake, again) and not torch.equal(view, other)
+    assert not torch.equal(gan.projector.state_dict()["0.weight"], projector["0.weight"])
+
+
+def test_samples_are_drawn_by_the_average(tmp_path, monkeypatch):
+    drawn, samples = [], trainer.samples
+    monkeypatch.setattr(trainer, "samples", lambda generator: drawn.append(generator) or samples(generator))
+    gan = GanTrainer(replace(STAGE1, iterations=1), IMAGES, tmp_path)
+    gan.run()
+    assert drawn == [gan.ema] * 2  # at the start, at the end
+
+
+def test_a_minute_has_sixty_seconds(tmp_path, monkeypatch):
+    clock = itertools.count(0, 25)  # read at the start and at each checkpoint
+    monkeypatch.setattr(trainer, "time", types.SimpleNamespace(monotonic=lambda: next(clock)))
+    with pytest.raises(Unfinished, match="iteration 9 of 12 after 1 minutes"):
+        GanTrainer(replace(STAGE1, max_minutes=1), IMAGES, tmp_path).run()
+
+
+def test_a_training_that_ends_as_its_time_does_has_ended(tmp_path):
+    GanTrainer(replace(STAGE1, iterations=3, max_minutes=0), IMAGES, tmp_path).run()
+    assert (tmp_path / "generator.safetensors").exists()

@@ -725,3 +725,73 @@ def test_commands(place, server, monkeypatch, capsys):
     assert run(monkeypatch, capsys, "path", "model", "--dir", other)[:2] == (0, f"{other / 'model.bin'}\n")
     assert run(monkeypatch, capsys, "path", "nothing")[0] == 2
     assert run(monkeypatch, capsys, "fetch")[0] == 2
+
+
+def test_foreign_weights_that_were_exchanged_are_converted_anew(place, server):
+    target = place / "run" / "checkpoint.safetensors"
+    for number in (1, 2):
+        live, buffer = Generator(64, 8, nz=32), io.BytesIO()
+        torch.save({"g": live.state_dict(), "d": Discriminator(64, 8).state_dict()}, buffer)
+        server.files["/model"] = buffer.getvalue()
+        declare(place, asset(f"model{number}", buffer.getvalue(), url=server.url) | {"file": f"all_{number}.pth"})
+        weights.use_released(weights.entry(f"model{number}"), target)
+        found = checkpoints.load_generator(target).state_dict()
+        assert all(torch.equal(tensor, found[name]) for name, tensor in live.state_dict().items())
+
+
+def test_a_copy_that_fails_leaves_what_was_there(shelf, monkeypatch):
+    target = shelf / "run" / "checkpoint.safetensors"
+    weights.use_released(weights.entry("stage1-64px"), target)
+    before = target.read_bytes()
+
+    def full(source, to):
+        Path(to).write_bytes(b"half")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(shutil, "copyfile", full)
+    with pytest.raises(UserError, match="disk is full"):
+        weights.use_released(weights.entry("stage1-64px"), target)
+    assert target.read_bytes() == before
+
+
+def test_a_set_from_a_url_is_unpacked_and_replaced_where_it_was_damaged(place, server):
+    server.files["/model"] = zipped({"AKIEC.pth": CONTENT})
+    line = f"{hashlib.sha256(CONTENT).hexdigest()}  AKIEC.pth\n"
+    known = {"bytes": len(CONTENT), "sha256": hashlib.sha256(line.encode()).hexdigest()}
+    declare(place, asset("set", url=server.url, unpack=True) | known)  # of what is in the archive
+    file = weights.fetch("set") / "AKIEC.pth"
+    file.write_bytes(CONTENT[::-1])
+    assert weights.fetch("set") == file.parent and file.read_bytes() == CONTENT and len(server.asked) == 2
+
+
+def test_a_part_of_nobody_knows_what_is_not_continued(place, server):
+    """No checksum and no version: what is on the server now may be another file, and the mix would be recorded."""
+    declare(place, asset(content=None, url=server.url))
+    server.breaks, server.etag = download.ATTEMPTS, None
+    with pytest.raises(UserError, match="broke off"):
+        weights.fetch("model")
+    server.files["/model"] = CONTENT[::-1]
+    assert weights.fetch("model").read_bytes() == CONTENT[::-1]
+
+
+def test_a_download_that_was_killed_when_all_had_come_is_taken(place, server):
+    declare(place, asset(url=server.url))
+    part = place / "cache" / "weights" / "model.bin.part"
+    part.parent.mkdir(parents=True)
+    part.write_bytes(CONTENT)
+    assert weights.fetch("model").read_bytes() == CONTENT and not server.asked
+
+
+def test_an_archive_with_a_password_and_one_too_large_are_one_sentence(place, kaggle, monkeypatch):
+    declare(place, asset("set", None, kaggle={"slug": "a/b", "file": None}, unpack=True))
+    locked = bytearray(zipped({"good": b"1"}))
+    locked[6] |= 1
+    locked[locked.index(b"PK\x01\x02") + 8] |= 1
+    kaggle({"b.zip": bytes(locked)})
+    with pytest.raises(UserError, match=r"damaged or no zip archive .*password"):
+        weights.fetch("set")
+    kaggle({"b.zip": zipped({"good": CONTENT})})
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: types.SimpleNamespace(free=1000))
+    with pytest.raises(UserError, match="no room for 1 MB"):
+        weights.fetch("set")
+    assert in_cache(place) == []
