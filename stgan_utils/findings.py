@@ -72,7 +72,7 @@ def compare(run_dir, bootstrap=1000):
 
 
 def markdown(table):
-    """The table of `compare` for a README."""
+    """The table of `compare` for a README, and what its intervals are of."""
 
     def shown(row, name, sign=""):
         return f"{row[name]:{sign}.3f} ({row[f'{name}_low']:{sign}.3f} … {row[f'{name}_high']:{sign}.3f})"
@@ -85,7 +85,9 @@ def markdown(table):
             f"| {row['text']} | {row['generated']:,} | {shown(row, 'balanced_accuracy')} | {difference} "
             f"| {shown(row, 'accuracy')} | {shown(row, 'macro_auc')} | `arms train {row['arm']} --run RUN` |"
         )
-    return "\n".join(lines)
+    seeds = table["seeds"].iloc[0]
+    resampled = f"test lesions and the classifiers' {seeds} seeds" if seeds > 1 else "test lesions alone (one seed)"
+    return "\n".join([*lines, "", f"95 % intervals over {resampled}; the GANs were trained once."])
 
 
 def write_comparison(run_dir):

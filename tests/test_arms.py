@@ -143,7 +143,9 @@ def test_arms_take_equal_steps_and_leave_the_test_split_to_the_table(run_dir):
             scores.append(evaluation.balanced_accuracy(answers["label"], answers[list(CLASSES)]))
         assert compared.loc[name, "balanced_accuracy"] == pytest.approx(np.mean(scores))
     text = findings.write_comparison(run_dir)
-    assert text.count("\n") == 3 and "the one to beat" in text
+    assert text.count("\n") == 5 and "the one to beat" in text
+    assert text.endswith("95 % intervals over test lesions and the classifiers' 2 seeds; the GANs were trained once.")
+    assert "test lesions alone (one seed)" in findings.markdown(findings.compare(run_dir, bootstrap=5).assign(seeds=1))
     for name in ("arms.csv", "arms.md", "arms.png"):
         assert (run_dir / "arms" / name).stat().st_size
 
