@@ -269,8 +269,8 @@ def by_subgroup(table, y_true, proba, column, bootstrap=200, seed=0):
 
     Returns:
         DataFrame, one row a group: `group, images, lesions, classes` (present) and `value`, `_low`, `_high` of each
-        figure. Images without an entry in `column` are the group "unknown". The interval of a
-        balanced accuracy is that of `_mean_recall`: of a class of few lesions many resamples would have none.
+        figure. Images without an entry in `column` are the group "unknown". The interval of a balanced accuracy is that
+        of `_mean_recall`: of a class of few lesions many resamples would have none.
     """
     values = table[column]
     if column == "age":
